@@ -1,0 +1,528 @@
+"""``Run``: one training run as public steps, for ``fit`` and for anyone's own loop.
+
+    run = equipoise.start(model, optimizer, methods=[ELR(lam=3.0)], data=train_set)
+    for batch in loader:
+        loss = run.training_loss(batch)      # transform, forward, loss, penalties
+        run.backward(loss)
+        run.step()                           # gradients, clipping, update
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from equipoise.errors import ArgumentError, CheckpointError, MethodConflictError, NonFiniteError, check_choice, check_integer, check_range
+from equipoise.training import checkpoint as checkpoints
+from equipoise.training.batch import Batch, Inputs, Loader, Output, as_dataset
+from equipoise.training.features import FeatureTap, find_head
+from equipoise.training.method import EXCLUSIVE_HOOKS, HOOKS, Method
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+OptimizerLike = Optimizer | Callable[[Iterable[Any]], Optimizer]
+SchedulerLike = LRScheduler | Callable[[Optimizer, int], LRScheduler]
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+CHECK_EVERY = 50  # steps between looks at the losses on an accelerator, where each look waits for the device
+
+
+class Run:
+    """What a method sees of the training, and the steps of the loop. Made by ``equipoise.start``.
+
+    Attributes: ``model``, ``inference_model`` (what evaluation uses; a method may set another one), ``optimizer``,
+    ``scheduler``, ``global_step`` (optimizer steps done), ``total_steps``, ``epoch`` (0-based), ``total_epochs``, ``stage``,
+    ``device``, ``seed``, ``generator`` (CPU), ``num_examples``, ``num_classes``, ``class_counts`` ((C,) int64), ``validation``
+    (re-iterable of batches), ``accelerator``, ``methods``, ``task_loss``, ``head_name``, ``history`` (one dict an epoch).
+    What is unknown is None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerLike,
+        *,
+        methods: Sequence[Method] = (),
+        data: Any = None,
+        validation: Any = None,
+        loss: LossFunction | None = None,
+        scheduler: SchedulerLike | None = None,
+        epochs: int | None = None,
+        total_steps: int | None = None,
+        batch_size: int | None = None,
+        seed: int = 0,
+        num_classes: int | None = None,
+        head: str | None = None,
+        mixed_precision: str = "no",
+        clip_norm: float | None = None,
+        accelerator: Accelerator | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        check_choice("mixed_precision", mixed_precision, ("no", "bf16"))
+        check_integer("seed", seed, 0)
+        if clip_norm is not None:
+            check_range("clip_norm", clip_norm, 0, open_low=True)
+        self.methods = list(methods)
+        self._hooks = _hooks(self.methods)
+        self.accelerator = accelerator if accelerator is not None else _accelerator()
+        self.device = torch.device(self.accelerator.device)
+        self.seed, self.stage, self.epoch, self.global_step, self.position = seed, 0, 0, 0, 0
+        self.generator = torch.Generator().manual_seed(_seed(seed, "run"))
+        self.task_loss: LossFunction = F.cross_entropy if loss is None else loss
+        self.clip_norm, self.head_name, self.mixed_precision = clip_norm, head, mixed_precision
+        self.history: list[dict[str, Any]] = []
+
+        self.data = None if data is None else as_dataset(data)
+        self.num_examples = None if self.data is None else len(self.data)  # type: ignore[arg-type]
+        self.num_classes, self.class_counts = _classes(self.data, num_classes)
+        self.total_epochs, self.total_steps = epochs, total_steps
+        self.loader: Loader | None = None
+        if self.data is not None and batch_size is not None:
+            from torch.utils.data import RandomSampler
+
+            self.order_generator = torch.Generator().manual_seed(seed)
+            self.loader = Loader(
+                self.data,
+                batch_size,
+                sampler=RandomSampler(self.data, generator=self.order_generator),  # type: ignore[arg-type]
+                device=self.device,
+                rank=self.accelerator.process_index,
+                world=self.accelerator.num_processes,
+                num_workers=num_workers,
+            )
+            if epochs is not None and total_steps is None:
+                self.total_steps = epochs * len(self.loader)
+        self.validation: Loader | None = None
+        if validation is not None:
+            self.validation = Loader(as_dataset(validation, "validation"), 1024, device=self.device, num_workers=num_workers)
+
+        self.model = model.to(self.device)
+        self.inference_model: nn.Module = self.model
+        self._wrapped: dict[int, nn.Module] = {}
+        self._networks: list[nn.Module] = []
+        self._taps: dict[int, FeatureTap] = {}
+        self._preparing = True
+        before = {id(p) for p in self.model.parameters()}
+        for method in self._hooks["prepare"]:
+            method.prepare(self)
+        self._preparing = False
+        self._networks.insert(0, self.model)
+        self.optimizer = _optimizer(optimizer, self._networks, before)
+        for method in self._hooks["configure_optimizer"]:
+            self.optimizer = method.configure_optimizer(self, self.optimizer)
+        for method in self._hooks["configure_sampler"]:
+            if self.loader is not None:
+                self.loader.sampler = method.configure_sampler(self, self.loader.sampler)
+                if epochs is not None and total_steps is None:
+                    self.total_steps = epochs * len(self.loader)
+        self.scheduler = _scheduler(scheduler, self.optimizer, self.total_steps)
+        self._wrap(self.model)
+        # Accelerate's own wrapper matters only with a gradient scaler or a sharded model; elsewhere it only costs time.
+        self._plain = self.accelerator.scaler is None and self.accelerator.num_processes == 1
+        if self.accelerator.scaler is not None:
+            self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
+        self._needs_features = any(method.needs_features for method in self.methods)
+        self._pending: list[tuple[int, tuple[str, ...], Tensor]] = []
+        self._loss_sum, self._loss_count = 0.0, 0
+        self._logged: dict[str, list[float]] = {}
+        self._checked = False
+
+    # -- for methods --------------------------------------------------------------------------------------------------
+    def register(self, method: Method, name: str, part: Any, *, optimize: bool = False) -> Any:
+        """Let the run move, save and resume ``part`` (a module, optimizer, generator, or anything with a ``state_dict``).
+
+        ``optimize=True``, inside ``prepare`` only, adds a module's parameters to the run's optimizer. Returns ``part``.
+        """
+        if isinstance(part, nn.Module):
+            part = part.to(self.device)
+            if optimize:
+                if not self._preparing:
+                    raise ArgumentError(f"optimize = True for {name!r}: must be given inside prepare, before the optimizer exists")
+                self._networks.append(part)
+                self._wrap(part)
+        method.owned[name] = part
+        return part
+
+    def new_generator(self, method: Method, name: str = "generator") -> torch.Generator:
+        """A CPU generator of the method's own, registered: the same stream on every process, independent of the data order."""
+        generator = torch.Generator().manual_seed(_seed(self.seed, f"{method.name}/{name}"))
+        self.register(method, name, generator)
+        return generator
+
+    def head(self) -> nn.Module:
+        """The layer of the model that makes the predictions (see ``find_head``)."""
+        return find_head(self.model, self.head_name)
+
+    def log(self, name: str, value: float | Tensor) -> None:
+        """Record a number; its mean over the epoch goes into ``history``."""
+        self._logged.setdefault(name, []).append(float(value))
+
+    # -- the steps of a loop ------------------------------------------------------------------------------------------
+    def forward(self, inputs: Inputs, model: nn.Module | None = None) -> Output:
+        """Run ``model`` (by default the run's) on inputs that are on the device; a dict becomes keyword arguments."""
+        module = self.model if model is None else model
+        tap = self._tap(module) if self._needs_features else None
+        target = self._wrapped.get(id(module), module)
+        with self._autocast():
+            output = Output.of(target(**inputs) if isinstance(inputs, dict) else target(inputs))
+        if tap is not None and output.features is None:
+            output.features = tap.take()
+        if output.prediction.dtype in (torch.bfloat16, torch.float16) and self._low_precision():
+            output.prediction = output.prediction.float()
+        return output
+
+    def training_loss(self, batch: Any) -> Tensor:
+        """Transform the batch, run the model, and return the scalar loss with every penalty added.
+
+        ``batch`` is an ``equipoise.Batch`` or what ``Batch.of`` reads. Raises ``NonFiniteError`` naming the step and the term.
+        """
+        batch = Batch.of(batch).to(self.device)
+        for method in self._hooks["transform_batch"]:
+            batch = method.transform_batch(self, batch)
+        output = self.forward(batch.inputs)
+        if not self._checked:
+            self._check_output(output, batch)
+        owner = self._hooks["loss"]
+        loss = owner[0].loss(self, batch, output) if owner else self.task_loss(output.prediction, batch.targets)
+        penalties = self._hooks["penalty"]
+        terms = (loss, *(method.penalty(self, batch, output) for method in penalties)) if penalties else (loss,)
+        total = sum(terms[1:], start=loss)
+        self._watch(total, terms, len(batch))
+        return total if batch.weight == 1.0 else total * batch.weight
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients. Call it once for each micro-batch (with a loss already scaled), then ``step``."""
+        if self._plain:
+            loss.backward()
+        else:
+            self.accelerator.backward(loss)
+
+    def step(self) -> None:
+        """Hand the gradients to the methods, clip them, update the weights and the schedule, and clear the gradients."""
+        for method in self._hooks["after_backward"]:
+            method.after_backward(self)
+        if self.clip_norm is not None:
+            norm = self.accelerator.clip_grad_norm_(self.trainable_parameters(), self.clip_norm)
+            if norm is not None and not math.isfinite(norm):
+                raise NonFiniteError(f"step {self.global_step}: the norm of the gradient is {float(norm)}. {_REMEDY}")
+        for method in self._hooks["before_step"]:
+            method.before_step(self)
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.global_step += 1
+        for method in self._hooks["after_step"]:
+            method.after_step(self)
+
+    def begin_epoch(self) -> None:
+        """Put every network that trains into training mode."""
+        for network in self._networks:
+            network.train()
+
+    def end_epoch(self, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Call ``epoch_end`` of the methods, close the epoch's record and return it."""
+        self._flush()
+        for method in self._hooks["epoch_end"]:
+            method.epoch_end(self)
+        record: dict[str, Any] = {"epoch": self.epoch}
+        if self._loss_count:
+            record["train_loss"] = self._loss_sum / self._loss_count
+        record |= {name: sum(values) / len(values) for name, values in self._logged.items()}
+        self._loss_sum, self._loss_count, self._logged = 0.0, 0, {}
+        self.history.append(record | (extra or {}))
+        self.epoch += 1
+        self.position = 0
+        return self.history[-1]
+
+    def begin_stage(self) -> None:
+        """A new task, domain or phase begins: tell the methods."""
+        self.stage += 1
+        for method in self._hooks["stage_end"]:
+            method.stage_end(self)
+
+    def finish(self) -> nn.Module:
+        """End the training: check the weights, let the methods compress, merge or calibrate, and return the model."""
+        self._flush()
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise NonFiniteError(f"step {self.global_step}: the weights {name} hold NaN or infinite values. {_REMEDY}")
+        for method in self._hooks["finish"]:
+            method.finish(self)
+        for tap in self._taps.values():
+            tap.remove()
+        return self.model
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def predict(self, data: Any, model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """Predictions and targets for a data set or an iterable of batches, in order, in evaluation mode.
+
+        Uses ``inference_model`` unless another is given, and leaves every module's mode as it was.
+        """
+        model = self.inference_model if model is None else model
+        batches = data if isinstance(data, Loader) else Loader(as_dataset(data), 1024, device=self.device)
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            pairs = [(self.forward(batch.inputs, model).prediction, batch.targets) for batch in map(Batch.of, batches)]
+        finally:
+            for module in training:
+                module.training = True
+        return torch.cat([p for p, _ in pairs]), torch.cat([t for _, t in pairs])
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters that the optimizer updates."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    # -- state --------------------------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue bit for bit: weights, optimizer, schedule, methods, generators, data order, history."""
+        self._flush()
+        random = checkpoints.random_state()
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            random = {"ranks": gather_object([random])}
+        return {
+            "identity": self._identity(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else _plain_scheduler_state(self.scheduler),
+            "methods": [method.state_dict() for method in self.methods],
+            "random": random,
+            "generator": self.generator.get_state(),
+            "order": self._order_state(),
+            "counters": [self.stage, self.epoch, self.global_step, self.position, self._loss_sum, self._loss_count],
+            "logged": self._logged,
+            "history": self.history,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``. Raises ``CheckpointError`` if it comes from a run with other methods, seed or data."""
+        mine, theirs = self._identity(), state["identity"]
+        different = [f"{key}: {theirs.get(key)!r} there, {mine[key]!r} here" for key in mine if mine[key] != theirs.get(key)]
+        if different:
+            raise CheckpointError(f"checkpoint belongs to another run ({'; '.join(different)}): use another folder, or the same settings")
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(state["scheduler"])
+            for method, saved in zip(self.methods, state["methods"], strict=True):
+                method.load_state_dict(saved)
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            raise CheckpointError(f"checkpoint does not fit this run: {error}") from error
+        random = state["random"]
+        checkpoints.set_random_state(random["ranks"][self.accelerator.process_index] if "ranks" in random else random)
+        self.generator.set_state(state["generator"])
+        if self.loader is not None and state["order"] is not None:
+            self.order_generator.set_state(state["order"]["generator"])
+            if "sampler" in state["order"]:
+                self.loader.sampler.load_state_dict(state["order"]["sampler"])  # type: ignore[attr-defined]
+        self.stage, self.epoch, self.global_step, self.position, self._loss_sum, self._loss_count = state["counters"]
+        self._logged, self.history = dict(state["logged"]), list(state["history"])
+
+    def mark_order(self) -> None:
+        """Remember the state of the data order at the start of an epoch, so that a resumed run can repeat the epoch's order."""
+        self._order = None
+        self._order = self._order_state()
+
+    _order: dict[str, Any] | None = None
+
+    def _order_state(self) -> dict[str, Any] | None:
+        if self.loader is None:
+            return None
+        if self._order is not None and self.position:
+            return self._order
+        sampler = self.loader.sampler
+        extra = {"sampler": sampler.state_dict()} if hasattr(sampler, "state_dict") else {}
+        return {"generator": self.order_generator.get_state(), **extra}
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "methods": [repr(method) for method in self.methods],
+            "seed": self.seed,
+            "num_examples": self.num_examples,
+            "total_steps": self.total_steps,
+            "processes": self.accelerator.num_processes,
+        }
+
+    # -- inner workings -----------------------------------------------------------------------------------------------
+    def _wrap(self, module: nn.Module) -> None:
+        if self.accelerator.num_processes > 1 and any(p.requires_grad for p in module.parameters()):
+            self._wrapped[id(module)] = self.accelerator.prepare_model(module)
+
+    def no_sync(self, last: bool) -> AbstractContextManager[Any]:
+        """Skip the exchange of gradients for every micro-batch but the last of a step."""
+        wrapped = self._wrapped.get(id(self.model))
+        return nullcontext() if last or not isinstance(wrapped, DistributedDataParallel) else wrapped.no_sync()
+
+    def _low_precision(self) -> bool:
+        return self.mixed_precision != "no" or self.accelerator.mixed_precision != "no"
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.accelerator.mixed_precision != "no":
+            return self.accelerator.autocast()  # type: ignore[no-any-return]
+        return torch.autocast(self.device.type, torch.bfloat16) if self.mixed_precision == "bf16" else nullcontext()
+
+    def _tap(self, module: nn.Module) -> FeatureTap:
+        if id(module) not in self._taps:
+            self._taps[id(module)] = FeatureTap(find_head(module, self.head_name))
+        return self._taps[id(module)]
+
+    def _check_output(self, output: Output, batch: Batch) -> None:
+        prediction, targets = output.prediction, batch.targets
+        if self.task_loss is F.cross_entropy and prediction.ndim == 2 and targets.ndim == 1 and not targets.is_floating_point():
+            wrong = len(prediction) != len(targets) or (self.num_classes or int(targets.max()) + 1) > prediction.shape[1]
+            wanted = f"({len(targets)}, {self.num_classes or int(targets.max()) + 1})"
+        elif self.task_loss is F.cross_entropy:
+            wrong, wanted = prediction.ndim < 2 or len(prediction) != len(targets), f"({len(targets)}, number of classes)"
+        else:
+            wrong, wanted = len(prediction) != len(targets), f"({len(targets)}, ...)"
+        if wrong:
+            raise ArgumentError(
+                f"model output has shape {tuple(prediction.shape)}: must be {wanted} for targets of shape {tuple(targets.shape)}. "
+                "Change the model's last layer"
+            )
+        self._checked = True
+
+    def _watch(self, total: Tensor, terms: tuple[Tensor, ...], count: int) -> None:
+        if self.device.type == "cpu":
+            value = total.item()
+            if not math.isfinite(value):
+                self._refuse(self.global_step, [term.item() for term in terms])
+            self._loss_sum += value * count
+            self._loss_count += count
+            return
+        # One look at many steps: each look makes the processor wait for the device.
+        self._pending.append((self.global_step, count, torch.stack([total, *terms]).detach()))  # type: ignore[arg-type]
+        if len(self._pending) >= CHECK_EVERY:
+            self._flush()
+
+    def _flush(self) -> None:
+        pending, self._pending = self._pending, []
+        for (step, count, _), values in zip(pending, torch.stack([p[2] for p in pending]).tolist() if pending else (), strict=True):
+            if not math.isfinite(values[0]):
+                self._refuse(step, values[1:])
+            self._loss_sum += values[0] * count  # type: ignore[operator]
+            self._loss_count += count  # type: ignore[operator]
+
+    def _refuse(self, step: int, values: list[float]) -> None:
+        owner = self._hooks["loss"]
+        names = [f"the loss of {owner[0].name}" if owner else "the task's loss"]
+        names += [f"the penalty of {method.name}" for method in self._hooks["penalty"]]
+        bad = [f"{name} is {value}" for name, value in zip(names, values, strict=True) if not math.isfinite(value)]
+        raise NonFiniteError(f"step {step}: {', '.join(bad) or 'the sum of the terms is not finite'}. {_REMEDY}")
+
+
+_REMEDY = "Lower the learning rate, clip the gradient (clip_norm=1.0), or check the inputs for extreme values"
+
+
+def start(model: nn.Module, optimizer: OptimizerLike, **options: Any) -> Run:
+    """Begin a run and return it; the loop is yours. Takes the keyword arguments of ``Run``.
+
+    model: any ``nn.Module``; called with a tensor, or with keyword arguments where inputs are dicts.
+    optimizer: an optimizer, or a function ``parameters -> optimizer`` (needed when a method replaces weights).
+    methods: the methods, in the order in which their hooks run.
+    data: the training set (``Examples``, a pair of tensors, a map-style Dataset): gives methods its size and classes.
+    validation: held-out data for methods that choose or learn hyperparameters; never the test set.
+    loss: ``(prediction, targets) -> scalar``, by default cross-entropy.
+    scheduler: a scheduler, or a function ``(optimizer, total_steps) -> scheduler``; stepped once an optimizer step.
+    epochs, total_steps: the length of the training, for methods with a schedule.
+    seed: seeds the methods' generators (and, in ``fit``, everything else).
+    num_classes: number of classes, where the data do not tell.
+    head: path of the layer that makes the predictions, where it is not the last ``nn.Linear``.
+    mixed_precision: "no" or "bf16" (for fp16 hand over an ``Accelerator(mixed_precision="fp16")``).
+    clip_norm: largest 2-norm of the gradient.
+    accelerator: an ``accelerate.Accelerator`` of your own.
+    """
+    run = Run(model, optimizer, **options)
+    run.begin_epoch()
+    return run
+
+
+def _hooks(methods: list[Method]) -> dict[str, list[Method]]:
+    for method in methods:
+        if not isinstance(method, Method):
+            given = method.__name__ if isinstance(method, type) else repr(method)
+            hint = "Pass an instance: " + given + "(...)" if isinstance(method, type) else ""
+            raise ArgumentError(f"methods holds {given}: must hold instances of equipoise.Method. {hint}")
+    table = {hook: [method for method in methods if method.overrides(hook)] for hook in HOOKS}
+    for hook in EXCLUSIVE_HOOKS:
+        if len(table[hook]) > 1:
+            names = " and ".join(method.name or type(method).__name__ for method in table[hook])
+            what = "replace the task's loss" if hook == "loss" else "decide which examples are drawn"
+            raise MethodConflictError(f"{names} both {what}; a run can have one of them. Remove one, or train them in separate runs")
+    return table
+
+
+def _accelerator() -> Accelerator:
+    from accelerate import Accelerator
+
+    return Accelerator()
+
+
+def _seed(seed: int, name: str) -> int:
+    return (seed * 0x9E3779B1 + zlib.crc32(name.encode())) % (2**63)
+
+
+def _classes(data: Any, num_classes: int | None) -> tuple[int | None, Tensor | None]:
+    """Number of classes and examples of each, from the argument or the data set's ``num_classes`` / ``targets``."""
+    targets = getattr(data, "targets", None)
+    if targets is None:
+        targets = getattr(getattr(data, "dataset", None), "targets", None)
+    if targets is not None:
+        targets = torch.as_tensor(targets)
+        if targets.is_floating_point() or targets.ndim != 1:
+            return num_classes or getattr(data, "num_classes", None), None
+    known = num_classes or getattr(data, "num_classes", None)
+    if targets is None or not len(targets):
+        return known, None
+    largest = int(targets.max()) + 1
+    if known is not None and largest > known:
+        raise ArgumentError(f"num_classes = {known}: must be at least {largest}, the largest label in the data plus one")
+    known = known or largest
+    return known, torch.bincount(targets.to(torch.int64), minlength=known)
+
+
+def _optimizer(given: OptimizerLike, networks: list[nn.Module], before: set[int]) -> Optimizer:
+    """The optimizer over all networks; one made by the user gets the parameters that ``prepare`` added."""
+    present = {id(p): p for network in networks for p in network.parameters() if p.requires_grad}
+    if not isinstance(given, Optimizer):
+        optimizer = given(list(present.values()))
+        if not isinstance(optimizer, Optimizer):
+            raise ArgumentError(f"optimizer = {type(optimizer).__name__}: must be a torch Optimizer or return one from parameters")
+        return optimizer
+    held = {id(p) for group in given.param_groups for p in group["params"]}
+    if not held & present.keys():
+        raise ArgumentError(
+            "optimizer holds none of the model's parameters (a method may have replaced them in prepare): pass a function instead, "
+            "for instance optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
+        )
+    new = [p for key, p in present.items() if key not in held and key not in before]
+    if new:
+        given.add_param_group({"params": new})
+    return given
+
+
+def _scheduler(given: SchedulerLike | None, optimizer: Optimizer, total_steps: int | None) -> LRScheduler | None:
+    if given is None or isinstance(given, LRScheduler):
+        return given
+    if total_steps is None:
+        raise ArgumentError("scheduler is a function of the number of steps: give epochs with data and batch_size, or total_steps")
+    return given(optimizer, total_steps)
+
+
+def _plain_scheduler_state(scheduler: LRScheduler) -> dict[str, Any]:
+    return {key: value for key, value in scheduler.state_dict().items() if not callable(value)}
