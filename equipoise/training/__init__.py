@@ -5,6 +5,7 @@ from equipoise.training.fit import fit
 from equipoise.training.method import Method, Paper
 from equipoise.training.run import Run, start
 from equipoise.training.space import Choice, Integer, LogUniform, Uniform
+from equipoise.training.task import Problem, RunResult, SupervisedTask, Task
 
 __all__ = [
     "Batch",
@@ -16,7 +17,11 @@ __all__ = [
     "Method",
     "Output",
     "Paper",
+    "Problem",
     "Run",
+    "RunResult",
+    "SupervisedTask",
+    "Task",
     "Uniform",
     "fit",
     "indexed",

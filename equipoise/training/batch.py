@@ -105,7 +105,9 @@ class Batch:
             index = fields.pop("index", None)
             key = next((k for k in TARGET_KEYS if k in fields), None)
             if key is None:
-                raise DataError(f"batch has keys {sorted(fields)}: it must hold targets under one of {', '.join(TARGET_KEYS)}")
+                raise DataError(
+                    f"batch has keys {sorted(fields)}: it must hold targets under one of {', '.join(TARGET_KEYS)}"
+                )
             targets = fields.pop(key)
             if "inputs" in fields:
                 return cls(fields.pop("inputs"), targets, index, fields)
@@ -163,10 +165,18 @@ class Examples(Dataset[tuple[Any, ...]]):
             if not isinstance(tensor, Tensor) or tensor.ndim == 0:
                 raise DataError(f"{name} = {type(tensor).__name__}: must be a tensor with one row per example")
             if len(tensor) != len(targets):
-                raise DataError(f"{name} has {len(tensor)} rows but targets has {len(targets)}: every tensor needs one row per example")
+                raise DataError(
+                    f"{name} has {len(tensor)} rows but targets has {len(targets)}: every tensor needs one row per example"
+                )
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                bad = int((~torch.isfinite(tensor)).flatten(1).any(1).sum() if tensor.ndim > 1 else (~torch.isfinite(tensor)).sum())
-                raise DataError(f"{name} holds NaN or infinite values in {bad} of {len(tensor)} rows: remove or impute them")
+                bad = int(
+                    (~torch.isfinite(tensor)).flatten(1).any(1).sum()
+                    if tensor.ndim > 1
+                    else (~torch.isfinite(tensor)).sum()
+                )
+                raise DataError(
+                    f"{name} holds NaN or infinite values in {bad} of {len(tensor)} rows: remove or impute them"
+                )
         classes = not targets.is_floating_point() and targets.ndim == 1
         if classes and len(targets) and int(targets.min()) < 0:
             raise DataError(f"targets holds the class {int(targets.min())}: classes are numbered from 0")
@@ -227,7 +237,9 @@ def as_dataset(data: Any, name: str = "data") -> Dataset[Any]:
     if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor):
         data = Examples(data[0], data[1])
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-        raise DataError(f"{name} = {type(data).__name__}: must be (inputs, targets), equipoise.Examples or a map-style Dataset")
+        raise DataError(
+            f"{name} = {type(data).__name__}: must be (inputs, targets), equipoise.Examples or a map-style Dataset"
+        )
     if len(data) == 0:
         raise DataError(f"{name} is empty: training needs at least one example")
     if type(data).__name__ == "TensorDataset" and len(getattr(data, "tensors", ())) == 2:
@@ -274,7 +286,9 @@ class Loader:
         if isinstance(sampler, SequentialSampler):
             return torch.arange(len(sampler))
         if type(sampler) is RandomSampler and not sampler.replacement and sampler.generator is not None:
-            return torch.randperm(sampler.num_samples, generator=sampler.generator)  # what RandomSampler yields, as one tensor
+            return torch.randperm(
+                sampler.num_samples, generator=sampler.generator
+            )  # what RandomSampler yields, as one tensor
         return torch.tensor(list(sampler), dtype=torch.int64)
 
     def batches(self, skip: int = 0) -> Iterator[Batch]:

@@ -41,7 +41,9 @@ def save(state: dict[str, Any], folder: str | Path) -> Path:
             os.fsync(file.fileno())
         os.replace(draft, folder / "checkpoint.json")
     except OSError as error:
-        raise CheckpointError(f"checkpoint = {str(folder)!r}: cannot be written ({error}); the previous one is untouched") from error
+        raise CheckpointError(
+            f"checkpoint = {str(folder)!r}: cannot be written ({error}); the previous one is untouched"
+        ) from error
     for stale in folder.glob("tensors-*.safetensors"):
         if stale != tensor_file:
             stale.unlink(missing_ok=True)
@@ -52,11 +54,15 @@ def load(folder: str | Path) -> dict[str, Any]:
     """Read what ``save`` wrote. Raises ``CheckpointError`` if it is missing, damaged or of a newer format."""
     path = Path(folder) / "checkpoint.json"
     if not path.exists():
-        raise CheckpointError(f"checkpoint = {str(folder)!r}: holds no checkpoint.json; give a folder that a run has saved to")
+        raise CheckpointError(
+            f"checkpoint = {str(folder)!r}: holds no checkpoint.json; give a folder that a run has saved to"
+        )
     try:
         document = json.loads(path.read_text())
         if document["format"] > FORMAT:
-            raise CheckpointError(f"checkpoint = {str(folder)!r}: is of format {document['format']}; update equipoise to read it")
+            raise CheckpointError(
+                f"checkpoint = {str(folder)!r}: is of format {document['format']}; update equipoise to read it"
+            )
         tensors = load_file(path.parent / document["tensors"])
         state: dict[str, Any] = _unpack(document["state"], tensors)
         return state
@@ -94,7 +100,9 @@ def _pack(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
         return {kind: [_pack(v, f"{key}/{i}", tensors) for i, v in enumerate(value)]}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise CheckpointError(f"state{key} = {type(value).__name__}: a state_dict may hold tensors, numbers, strings, lists and dicts")
+    raise CheckpointError(
+        f"state{key} = {type(value).__name__}: a state_dict may hold tensors, numbers, strings, lists and dicts"
+    )
 
 
 def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -26,7 +26,9 @@ def find_head(model: nn.Module, name: str | None = None) -> nn.Module:
         return head
     linear = [module for module in modules.values() if isinstance(module, nn.Linear)]
     if not linear:
-        raise ArgumentError("head = None: the model has no nn.Linear; name the layer that makes the predictions: head='path.to.layer'")
+        raise ArgumentError(
+            "head = None: the model has no nn.Linear; name the layer that makes the predictions: head='path.to.layer'"
+        )
     return linear[-1]
 
 

@@ -143,7 +143,7 @@ class Method:
     # -- introspection ------------------------------------------------------------------------------------------------
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments and their values, read from the attributes of the same names."""
-        names = [name for name in inspect.signature(type(self)).parameters]
+        names = list(inspect.signature(type(self)).parameters)
         return {name: getattr(self, name) for name in names}
 
     def overrides(self, hook: str) -> bool:

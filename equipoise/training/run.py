@@ -1,10 +1,10 @@
 """``Run``: one training run as public steps, for ``fit`` and for anyone's own loop.
 
-    run = equipoise.start(model, optimizer, methods=[ELR(lam=3.0)], data=train_set)
-    for batch in loader:
-        loss = run.training_loss(batch)      # transform, forward, loss, penalties
-        run.backward(loss)
-        run.step()                           # gradients, clipping, update
+run = equipoise.start(model, optimizer, methods=[ELR(lam=3.0)], data=train_set)
+for batch in loader:
+    loss = run.training_loss(batch)      # transform, forward, loss, penalties
+    run.backward(loss)
+    run.step()                           # gradients, clipping, update
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from equipoise.errors import ArgumentError, CheckpointError, MethodConflictError, NonFiniteError, check_choice, check_integer, check_range
+from equipoise.errors import (
+    ArgumentError,
+    CheckpointError,
+    MethodConflictError,
+    NonFiniteError,
+    check_choice,
+    check_integer,
+    check_range,
+)
 from equipoise.training import checkpoint as checkpoints
 from equipoise.training.batch import Batch, Inputs, Loader, Output, as_dataset
 from equipoise.training.features import FeatureTap, find_head
@@ -104,7 +112,9 @@ class Run:
                 self.total_steps = epochs * len(self.loader)
         self.validation: Loader | None = None
         if validation is not None:
-            self.validation = Loader(as_dataset(validation, "validation"), 1024, device=self.device, num_workers=num_workers)
+            self.validation = Loader(
+                as_dataset(validation, "validation"), 1024, device=self.device, num_workers=num_workers
+            )
 
         self.model = model.to(self.device)
         self.inference_model: nn.Module = self.model
@@ -147,7 +157,9 @@ class Run:
             part = part.to(self.device)
             if optimize:
                 if not self._preparing:
-                    raise ArgumentError(f"optimize = True for {name!r}: must be given inside prepare, before the optimizer exists")
+                    raise ArgumentError(
+                        f"optimize = True for {name!r}: must be given inside prepare, before the optimizer exists"
+                    )
                 self._networks.append(part)
                 self._wrap(part)
         method.owned[name] = part
@@ -256,7 +268,9 @@ class Run:
         self._flush()
         for name, parameter in self.model.named_parameters():
             if not torch.isfinite(parameter).all():
-                raise NonFiniteError(f"step {self.global_step}: the weights {name} hold NaN or infinite values. {_REMEDY}")
+                raise NonFiniteError(
+                    f"step {self.global_step}: the weights {name} hold NaN or infinite values. {_REMEDY}"
+                )
         for method in self._hooks["finish"]:
             method.finish(self)
         for tap in self._taps.values():
@@ -311,9 +325,13 @@ class Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state``. Raises ``CheckpointError`` if it comes from a run with other methods, seed or data."""
         mine, theirs = self._identity(), state["identity"]
-        different = [f"{key}: {theirs.get(key)!r} there, {mine[key]!r} here" for key in mine if mine[key] != theirs.get(key)]
+        different = [
+            f"{key}: {theirs.get(key)!r} there, {mine[key]!r} here" for key in mine if mine[key] != theirs.get(key)
+        ]
         if different:
-            raise CheckpointError(f"checkpoint belongs to another run ({'; '.join(different)}): use another folder, or the same settings")
+            raise CheckpointError(
+                f"checkpoint belongs to another run ({'; '.join(different)}): use another folder, or the same settings"
+            )
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -383,11 +401,21 @@ class Run:
 
     def _check_output(self, output: Output, batch: Batch) -> None:
         prediction, targets = output.prediction, batch.targets
-        if self.task_loss is F.cross_entropy and prediction.ndim == 2 and targets.ndim == 1 and not targets.is_floating_point():
-            wrong = len(prediction) != len(targets) or (self.num_classes or int(targets.max()) + 1) > prediction.shape[1]
+        if (
+            self.task_loss is F.cross_entropy
+            and prediction.ndim == 2
+            and targets.ndim == 1
+            and not targets.is_floating_point()
+        ):
+            wrong = (
+                len(prediction) != len(targets) or (self.num_classes or int(targets.max()) + 1) > prediction.shape[1]
+            )
             wanted = f"({len(targets)}, {self.num_classes or int(targets.max()) + 1})"
         elif self.task_loss is F.cross_entropy:
-            wrong, wanted = prediction.ndim < 2 or len(prediction) != len(targets), f"({len(targets)}, number of classes)"
+            wrong, wanted = (
+                prediction.ndim < 2 or len(prediction) != len(targets),
+                f"({len(targets)}, number of classes)",
+            )
         else:
             wrong, wanted = len(prediction) != len(targets), f"({len(targets)}, ...)"
         if wrong:
@@ -412,7 +440,9 @@ class Run:
 
     def _flush(self) -> None:
         pending, self._pending = self._pending, []
-        for (step, count, _), values in zip(pending, torch.stack([p[2] for p in pending]).tolist() if pending else (), strict=True):
+        for (step, count, _), values in zip(
+            pending, torch.stack([p[2] for p in pending]).tolist() if pending else (), strict=True
+        ):
             if not math.isfinite(values[0]):
                 self._refuse(step, values[1:])
             self._loss_sum += values[0] * count  # type: ignore[operator]
@@ -463,7 +493,9 @@ def _hooks(methods: list[Method]) -> dict[str, list[Method]]:
         if len(table[hook]) > 1:
             names = " and ".join(method.name or type(method).__name__ for method in table[hook])
             what = "replace the task's loss" if hook == "loss" else "decide which examples are drawn"
-            raise MethodConflictError(f"{names} both {what}; a run can have one of them. Remove one, or train them in separate runs")
+            raise MethodConflictError(
+                f"{names} both {what}; a run can have one of them. Remove one, or train them in separate runs"
+            )
     return table
 
 
@@ -491,7 +523,9 @@ def _classes(data: Any, num_classes: int | None) -> tuple[int | None, Tensor | N
         return known, None
     largest = int(targets.max()) + 1
     if known is not None and largest > known:
-        raise ArgumentError(f"num_classes = {known}: must be at least {largest}, the largest label in the data plus one")
+        raise ArgumentError(
+            f"num_classes = {known}: must be at least {largest}, the largest label in the data plus one"
+        )
     known = known or largest
     return known, torch.bincount(targets.to(torch.int64), minlength=known)
 
@@ -502,7 +536,9 @@ def _optimizer(given: OptimizerLike, networks: list[nn.Module], before: set[int]
     if not isinstance(given, Optimizer):
         optimizer = given(list(present.values()))
         if not isinstance(optimizer, Optimizer):
-            raise ArgumentError(f"optimizer = {type(optimizer).__name__}: must be a torch Optimizer or return one from parameters")
+            raise ArgumentError(
+                f"optimizer = {type(optimizer).__name__}: must be a torch Optimizer or return one from parameters"
+            )
         return optimizer
     held = {id(p) for group in given.param_groups for p in group["params"]}
     if not held & present.keys():
@@ -520,7 +556,9 @@ def _scheduler(given: SchedulerLike | None, optimizer: Optimizer, total_steps: i
     if given is None or isinstance(given, LRScheduler):
         return given
     if total_steps is None:
-        raise ArgumentError("scheduler is a function of the number of steps: give epochs with data and batch_size, or total_steps")
+        raise ArgumentError(
+            "scheduler is a function of the number of steps: give epochs with data and batch_size, or total_steps"
+        )
     return given(optimizer, total_steps)
 
 

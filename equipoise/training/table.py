@@ -17,7 +17,9 @@ def check_index(index: Tensor, num_examples: int, batch_size: int) -> None:
     """Refuse an index that is not int64 (batch_size,) with entries in [0, num_examples)."""
     if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.shape != (batch_size,):
         got = f"{index.dtype} {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
-        raise ArgumentError(f"index = {got}: must be int64 of shape ({batch_size},), the examples' positions in the training set")
+        raise ArgumentError(
+            f"index = {got}: must be int64 of shape ({batch_size},), the examples' positions in the training set"
+        )
     if batch_size and (int(index.min()) < 0 or int(index.max()) >= num_examples):
         low, high = int(index.min()), int(index.max())
         raise ArgumentError(
