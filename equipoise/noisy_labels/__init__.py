@@ -1,0 +1,1 @@
+"""Noisy labels: part of the training labels is wrong."""
