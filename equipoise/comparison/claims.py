@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import date
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from equipoise import catalogue
 from equipoise.comparison.protocol import Arm, Progress, compare, versions
 from equipoise.comparison.statistics import Estimate, paired_difference
 from equipoise.errors import ArgumentError, EquipoiseError, refuse, suggestion
+
+if TYPE_CHECKING:
+    from equipoise.training import Task
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Claim:
     number: int
     claim: str
     source: str
-    task: str
+    task: str | type[Task]
     settings: Mapping[str, Any]
     arms: tuple[tuple[str, str, Mapping[str, Any]], ...]
     method: str
@@ -88,8 +91,9 @@ class Claim:
         """Carry the claim's comparison out (rows that are in the store of ``out`` are not run again); return the evidence."""
         start = time.perf_counter()
         arms = [Arm(slug, name, config) for name, slug, config in self.arms]
+        task = catalogue.find("task", self.task).load() if isinstance(self.task, str) else self.task
         comparison = compare(
-            self.task, arms, settings=self.settings, seeds=self.seeds, jobs=jobs, out=out, measure_time=False, progress=progress
+            task.make(**self.settings), arms, seeds=self.seeds, jobs=jobs, out=out, measure_time=False, progress=progress
         )
         runs = comparison.runs()
         finals = runs[runs.kind == "final"].set_index(["arm", "seed"]).sort_index()
@@ -115,7 +119,7 @@ class Claim:
             "number": self.number,
             "claim": self.claim,
             "source": self.source,
-            "setting": {"task": self.task, **self.settings, "seeds": self.seeds},
+            "setting": {"task": task.name, **self.settings, "seeds": self.seeds},
             "expected": self.expected,
             "measured": {
                 "effect": effect.difference,

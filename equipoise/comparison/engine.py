@@ -1,11 +1,11 @@
-"""Where runs are carried out: this process, local workers (joblib), or a Ray cluster through the same joblib interface.
+"""Where runs are carried out: this process, local workers (joblib), or a Ray cluster.
 
 Every run computes with the same number of threads wherever it is, so that its result has the same bits.
 """
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import time
 import traceback
 from collections.abc import Iterable, Iterator
@@ -84,46 +84,40 @@ def carry_out(jobs: Iterable[Job], workers: int, engine: str = "local", address:
     if engine == "local" and workers == 1:
         yield from map(execute, jobs)
         return
-    import joblib
+    yield from (_local if engine == "local" else _ray)(jobs, workers, address)
 
-    with _backend(engine, address, workers):
+
+def _local(jobs: Iterable[Job], workers: int, _: str | None) -> Iterator[Outcome]:
+    import joblib
+    from joblib.externals.loky import get_reusable_executor
+
+    with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
         parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch=workers, batch_size=1)
-        outcomes = parallel(joblib.delayed(execute)(job) for job in jobs)
         try:
-            yield from outcomes
+            yield from parallel(joblib.delayed(execute)(job) for job in jobs)
         except BaseException:
-            _stop_workers(engine)
+            get_reusable_executor().shutdown(wait=False, kill_workers=True)
             raise
 
 
-@contextlib.contextmanager
-def _backend(engine: str, address: str | None, workers: int) -> Iterator[None]:
-    import joblib
-
-    if engine == "local":
-        with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
-            yield
-        return
+def _ray(jobs: Iterable[Job], workers: int, address: str | None) -> Iterator[Outcome]:
+    """Through Ray's own tasks: joblib's Ray backend returns results only when all are there, and a killed run would lose them."""
     try:
         import ray
-        from ray.util.joblib import register_ray
     except ImportError as error:
         raise MissingDependencyError("engine = 'ray': Ray is not installed; install equipoise[ray]") from error
     started = not ray.is_initialized()
     if started:
-        options = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
+        options: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
         ray.init(log_to_driver=False, logging_level="ERROR", **options)
-    register_ray()
+    remote = ray.remote(num_cpus=1)(execute)
+    source = iter(jobs)
+    running = [remote.remote(job) for job in itertools.islice(source, workers)]
     try:
-        with joblib.parallel_config(backend="ray"):
-            yield
+        while running:
+            (ready,), running = ray.wait(running, num_returns=1)
+            yield ray.get(ready)
+            running += [remote.remote(job) for job in itertools.islice(source, 1)]
     finally:
         if started:
             ray.shutdown()
-
-
-def _stop_workers(engine: str) -> None:
-    if engine == "local":
-        from joblib.externals.loky import get_reusable_executor
-
-        get_reusable_executor().shutdown(wait=False, kill_workers=True)

@@ -301,7 +301,6 @@ class _Runner:
         self.trial, self.store = trial, trial.store
         self.jobs, self.engine, self.address = jobs, engine, address
         self.arms: list[Arm] = []
-        self.claimed: set[str] = set()
         self.total = self.done = 0
 
     def go(self, arms: list[Arm]) -> None:
@@ -318,9 +317,6 @@ class _Runner:
                 self.total += sum(map(self._rows_of, matched))
                 self._tune_and_run(matched)
             self._time()
-        except BaseException:
-            self.store.release(list(self.claimed))
-            raise
         finally:
             beat.set()
             keeper.join()
@@ -391,7 +387,6 @@ class _Runner:
     def _claim(self, keys: Sequence[str]) -> Iterator[Job]:
         for key in keys:
             if self.store.claim(key):
-                self.claimed.add(key)
                 yield self.trial.jobs[key]
 
     def _write(self, outcome: Outcome) -> None:
@@ -401,7 +396,6 @@ class _Runner:
             self.store.finish(
                 outcome.key, metrics=outcome.metrics, curve=outcome.curve, cost=outcome.cost, seconds=outcome.seconds
             )
-        self.claimed.discard(outcome.key)
 
     def _report(self, more: int, text: str) -> None:
         self.done += more
@@ -409,8 +403,7 @@ class _Runner:
 
     def _heartbeat(self, stop: threading.Event) -> None:
         while not stop.wait(20):
-            if self.claimed:
-                self.store.heartbeat(list(self.claimed))
+            self.store.heartbeat()
 
 
 def command_line() -> str:

@@ -6,14 +6,14 @@ other map-style ``torch.utils.data.Dataset`` works too, through ``torch.utils.da
 
 from __future__ import annotations
 
-import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
 from equipoise.errors import ArgumentError, DataError, check_integer
 
@@ -74,11 +74,12 @@ class Batch:
         )
 
     def split(self, parts: int) -> list[Batch]:
-        """At most ``parts`` consecutive micro-batches, none of them empty."""
-        size = math.ceil(len(self) / parts)
+        """At most ``parts`` consecutive micro-batches, none of them empty; equally many in all processes of a run."""
+        # Shards differ by one row; a process with one more must not cut one more piece, or collective calls would not meet.
+        parts = min(parts, int(len(self) / self.weight + 1e-6))
         pieces = []
-        for start in range(0, len(self), size):
-            rows = slice(start, start + size)
+        for number in range(parts):
+            rows = slice(number * len(self) // parts, (number + 1) * len(self) // parts)
             take = lambda t, rows=rows: t[rows]  # noqa: E731
             pieces.append(
                 replace(
@@ -150,7 +151,7 @@ class Output:
         )
 
 
-class Examples(Dataset[tuple[Any, ...]]):
+class Examples(Dataset[Any]):
     """A data set in memory: every tensor has one row per example.
 
     >>> train = Examples(torch.randn(100, 8), torch.randint(0, 3, (100,)))
@@ -178,6 +179,8 @@ class Examples(Dataset[tuple[Any, ...]]):
                     f"{name} holds NaN or infinite values in {bad} of {len(tensor)} rows: remove or impute them"
                 )
         classes = not targets.is_floating_point() and targets.ndim == 1
+        if classes:
+            self.targets = targets = targets.to(torch.int64)  # what cross-entropy takes
         if classes and len(targets) and int(targets.min()) < 0:
             raise DataError(f"targets holds the class {int(targets.min())}: classes are numbered from 0")
         if classes and num_classes is None and len(targets):
@@ -189,11 +192,15 @@ class Examples(Dataset[tuple[Any, ...]]):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, i: int) -> tuple[Any, ...]:
-        return map_inputs(lambda t: t[i], self.inputs), self.targets[i], i
+    def __getitem__(self, i: int) -> Any:
+        inputs, target = map_inputs(lambda t: t[i], self.inputs), self.targets[i]
+        if self.extras:
+            return {"inputs": inputs, "targets": target, "index": i, **{k: v[i] for k, v in self.extras.items()}}
+        return inputs, target, i
 
     def take(self, index: Tensor) -> Batch:
         """The batch of the examples at ``index`` (N,) int64."""
+        index = index.to(self.targets.device)
         extras = {k: v.index_select(0, index) for k, v in self.extras.items()} if self.extras else {}
         inputs = self.inputs
         taken: Inputs = (
@@ -204,8 +211,9 @@ class Examples(Dataset[tuple[Any, ...]]):
         return Batch(taken, self.targets.index_select(0, index), index, extras)
 
     def subset(self, index: Tensor) -> Examples:
-        """A new data set of the given rows; its positions start at 0 again."""
-        part = self.take(torch.as_tensor(index, dtype=torch.int64))
+        """A new data set of the given rows (positions, or a mask); its positions start at 0 again."""
+        index = torch.as_tensor(index)
+        part = self.take(index.nonzero().squeeze(1) if index.dtype == torch.bool else index.to(torch.int64))
         return Examples(part.inputs, part.targets, num_classes=self.num_classes, **part.extras)
 
 
@@ -236,9 +244,11 @@ def as_dataset(data: Any, name: str = "data") -> Dataset[Any]:
     """Accept ``Examples``, a map-style Dataset, or a pair (inputs, targets) of tensors, and refuse an empty set."""
     if isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor):
         data = Examples(data[0], data[1])
-    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+    arrays = isinstance(data, tuple | list) and len(data) > 0 and hasattr(data[0], "__array__")
+    if arrays or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise DataError(
-            f"{name} = {type(data).__name__}: must be (inputs, targets), equipoise.Examples or a map-style Dataset"
+            f"{name} = {type(data).__name__}: must be (inputs, targets) tensors, equipoise.Examples or a map-style Dataset. "
+            "Make tensors of arrays with torch.as_tensor, float32 for inputs"
         )
     if len(data) == 0:
         raise DataError(f"{name} is empty: training needs at least one example")
@@ -251,7 +261,8 @@ class Loader:
     """Batches of a data set, on a device, in the order of a sampler; the same global batches for any number of processes.
 
     ``batch_size`` counts the examples of one optimizer step over all processes; process ``rank`` of ``world`` receives its
-    share. Each pass draws a new order from ``sampler``. Iterating ``batches(skip)`` leaves out the first ``skip`` batches.
+    share. Each pass draws a new order from ``sampler``; ``batches(order, skip)`` goes on with an order drawn before, without
+    its first ``skip`` batches. (Random numbers that a Dataset draws inside ``num_workers`` start anew then.)
     """
 
     def __init__(
@@ -266,6 +277,10 @@ class Loader:
         num_workers: int = 0,
     ) -> None:
         check_integer("batch_size", batch_size, 1)
+        if min(batch_size, len(data)) < world:  # type: ignore[arg-type]
+            raise ArgumentError(
+                f"batch_size = {batch_size}, for {len(data)} examples: must give each of the {world} processes at least one"  # type: ignore[arg-type]
+            )
         self.data = data
         self.batch_size = batch_size
         self.sampler: Sampler[int] = SequentialSampler(data) if sampler is None else sampler  # type: ignore[arg-type]
@@ -285,25 +300,24 @@ class Loader:
         sampler = self.sampler
         if isinstance(sampler, SequentialSampler):
             return torch.arange(len(sampler))
-        if type(sampler) is RandomSampler and not sampler.replacement and sampler.generator is not None:
-            return torch.randperm(
-                sampler.num_samples, generator=sampler.generator
-            )  # what RandomSampler yields, as one tensor
         return torch.tensor(list(sampler), dtype=torch.int64)
 
-    def batches(self, skip: int = 0) -> Iterator[Batch]:
-        rows = list(self.order().split(self.batch_size))[skip : len(self) if self.world > 1 else None]
+    def batches(self, order: Tensor | None = None, skip: int = 0) -> Iterator[Batch]:
+        order = self.order() if order is None else order
+        rows = list(order.split(self.batch_size))[skip : len(self) if self.world > 1 else None]
         total = [len(r) for r in rows]
         if self.world > 1:
             rows = [r.tensor_split(self.world)[self.rank] for r in rows]
         if isinstance(self.data, Examples):
             batches: Iterator[Batch] = map(self.data.take, rows)
         else:
+            # The workers' base seed: another one every epoch and process, and never from the global generator.
+            seed = zlib.crc32(order.numpy().tobytes(), self.rank)
             loader = DataLoader(
                 self.data,
                 batch_sampler=[r.tolist() for r in rows],
                 num_workers=self.num_workers,
-                generator=torch.Generator().manual_seed(0),  # workers' base seed; never the global generator
+                generator=torch.Generator().manual_seed(seed),
             )
             batches = map(Batch.of, loader)
         for batch, of in zip(batches, total, strict=True):

@@ -40,11 +40,11 @@ def save(state: dict[str, Any], folder: str | Path) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, folder / "checkpoint.json")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk comes as either
         raise CheckpointError(
             f"checkpoint = {str(folder)!r}: cannot be written ({error}); the previous one is untouched"
         ) from error
-    for stale in folder.glob("tensors-*.safetensors"):
+    for stale in folder.glob("tensors-[0-9]*.safetensors"):
         if stale != tensor_file:
             stale.unlink(missing_ok=True)
     return folder / "checkpoint.json"
@@ -79,7 +79,7 @@ def exists(folder: str | Path) -> bool:
 
 
 def _tensor_file(folder: Path) -> Path | None:
-    files = sorted(folder.glob("tensors-*.safetensors"), key=lambda path: int(path.stem.split("-")[1]))
+    files = sorted(folder.glob("tensors-[0-9]*.safetensors"), key=lambda path: int(path.stem.split("-")[1]))
     return files[-1] if files else None
 
 
@@ -90,6 +90,8 @@ def _flush(path: Path) -> None:
 
 def _pack(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
+        while key in tensors:  # {"a/b": x} and {"a": {"b": y}} have one path
+            key += "'"
         # A copy of its own: safetensors refuses tensors that share memory (tied weights, views).
         tensors[key] = value.detach().cpu().clone().contiguous()
         return {"tensor": key}

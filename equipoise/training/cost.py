@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,6 +57,14 @@ def measure(train: Callable[[], nn.Module]) -> Cost:
     """Run ``train`` once under counters; it returns the model used for inference. Matrix products and convolutions count."""
     memory = PeakMemory()
     counter = FlopCounterMode(display=False)
-    with counter, memory:
-        model = train()
+    collecting = gc.isenabled()
+    # When the collector frees cycles depends on what ran before; the peak must not.
+    gc.collect()
+    gc.disable()
+    try:
+        with counter, memory:
+            model = train()
+    finally:
+        if collecting:
+            gc.enable()
     return Cost(counter.get_total_flops(), memory.peak, sum(p.numel() for p in model.parameters()))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from equipoise.errors import check_integer
+from equipoise.errors import ArgumentError, check_integer
 from equipoise.training import checkpoint as checkpoints
 from equipoise.training.method import Method
 from equipoise.training.run import LossFunction, OptimizerLike, Run, SchedulerLike, start
@@ -72,6 +72,8 @@ def fit(
     check_integer("accumulation", accumulation, 1)
     if checkpoint_every is not None:
         check_integer("checkpoint_every", checkpoint_every, 1)
+    if checkpoint is None and (resume or checkpoint_every is not None):
+        raise ArgumentError("checkpoint = None: must name a folder where resume or checkpoint_every is given")
     with _seeded(seed):
         run = Run(
             model,
@@ -99,16 +101,15 @@ def fit(
 
         def save() -> None:
             if checkpoint is not None:
+                run.check_finite()  # never replace a good checkpoint by one that cannot go on
                 state = run.state_dict()
                 if rank == 0:
                     checkpoints.save(state, checkpoint)
                 run.accelerator.wait_for_everyone()
 
-        assert run.loader is not None  # data and batch_size were given
         while run.epoch < epochs:
             run.begin_epoch()
-            run.mark_order()
-            for batch in run.loader.batches(skip=run.position):
+            for batch in run.batches():
                 if accumulation == 1:
                     run.backward(run.training_loss(batch))
                 else:

@@ -10,21 +10,25 @@ for batch in loader:
 from __future__ import annotations
 
 import math
+import os
+import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from equipoise.errors import (
     ArgumentError,
     CheckpointError,
+    DataError,
     MethodConflictError,
     NonFiniteError,
     check_choice,
@@ -32,7 +36,7 @@ from equipoise.errors import (
     check_range,
 )
 from equipoise.training import checkpoint as checkpoints
-from equipoise.training.batch import Batch, Inputs, Loader, Output, as_dataset
+from equipoise.training.batch import Batch, Examples, Inputs, Loader, Output, as_dataset
 from equipoise.training.features import FeatureTap, find_head
 from equipoise.training.method import EXCLUSIVE_HOOKS, HOOKS, Method
 
@@ -43,6 +47,8 @@ OptimizerLike = Optimizer | Callable[[Iterable[Any]], Optimizer]
 SchedulerLike = LRScheduler | Callable[[Optimizer, int], LRScheduler]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 CHECK_EVERY = 50  # steps between looks at the losses on an accelerator, where each look waits for the device
+ELEMENTWISE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+ELEMENTWISE_MODULES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 
 
 class Run:
@@ -80,10 +86,14 @@ class Run:
         check_integer("seed", seed, 0)
         if clip_norm is not None:
             check_range("clip_norm", clip_norm, 0, open_low=True)
+        if num_classes is not None:
+            check_integer("num_classes", num_classes, 1)
+        self._hooks = _hooks(methods)
         self.methods = list(methods)
-        self._hooks = _hooks(self.methods)
-        self.accelerator = accelerator if accelerator is not None else _accelerator()
+        self.accelerator = _accelerator(accelerator)
         self.device = torch.device(self.accelerator.device)
+        if self.device.type == "cpu":
+            self.device = torch.device("cpu")  # without the index that accelerate may give it: no tensor's device has one
         self.seed, self.stage, self.epoch, self.global_step, self.position = seed, 0, 0, 0, 0
         self.generator = torch.Generator().manual_seed(_seed(seed, "run"))
         self.task_loss: LossFunction = F.cross_entropy if loss is None else loss
@@ -112,15 +122,15 @@ class Run:
                 self.total_steps = epochs * len(self.loader)
         self.validation: Loader | None = None
         if validation is not None:
-            self.validation = Loader(
-                as_dataset(validation, "validation"), 1024, device=self.device, num_workers=num_workers
-            )
+            held_out = as_dataset(validation, "validation")
+            _classes(held_out, self.num_classes)  # refuses labels that training does not know
+            self.validation = Loader(held_out, 1024, device=self.device, num_workers=num_workers)
 
         self.model = model.to(self.device)
-        self.inference_model: nn.Module = self.model
+        self._inference_model: nn.Module | None = None
         self._wrapped: dict[int, nn.Module] = {}
         self._networks: list[nn.Module] = []
-        self._taps: dict[int, FeatureTap] = {}
+        self._taps: WeakKeyDictionary[nn.Module, FeatureTap] = WeakKeyDictionary()
         self._preparing = True
         before = {id(p) for p in self.model.parameters()}
         for method in self._hooks["prepare"]:
@@ -141,17 +151,30 @@ class Run:
         self._plain = self.accelerator.scaler is None and self.accelerator.num_processes == 1
         if self.accelerator.scaler is not None:
             self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
+        self.optimizer.zero_grad()  # gradients that the caller or a method left behind
         self._needs_features = any(method.needs_features for method in self.methods)
-        self._pending: list[tuple[int, tuple[str, ...], Tensor]] = []
+        self._look_every = 1 if self.device.type == "cpu" else CHECK_EVERY
+        self._pending: list[tuple[int, int, Tensor]] = []
+        self._norms: list[tuple[int, Tensor]] = []
         self._loss_sum, self._loss_count = 0.0, 0
         self._logged: dict[str, list[float]] = {}
         self._checked = False
+
+    @property
+    def inference_model(self) -> nn.Module:
+        """What evaluation uses: ``model``, unless a method sets another one."""
+        return self.model if self._inference_model is None else self._inference_model
+
+    @inference_model.setter
+    def inference_model(self, model: nn.Module) -> None:
+        self._inference_model = model
 
     # -- for methods --------------------------------------------------------------------------------------------------
     def register(self, method: Method, name: str, part: Any, *, optimize: bool = False) -> Any:
         """Let the run move, save and resume ``part`` (a module, optimizer, generator, or anything with a ``state_dict``).
 
-        ``optimize=True``, inside ``prepare`` only, adds a module's parameters to the run's optimizer. Returns ``part``.
+        ``optimize=True``, inside ``prepare`` only, adds a module's parameters to the run's optimizer; call such a module
+        through ``run.forward(inputs, part)``, which averages its gradients over processes. Returns ``part``.
         """
         if isinstance(part, nn.Module):
             part = part.to(self.device)
@@ -199,18 +222,21 @@ class Run:
         ``batch`` is an ``equipoise.Batch`` or what ``Batch.of`` reads. Raises ``NonFiniteError`` naming the step and the term.
         """
         batch = Batch.of(batch).to(self.device)
+        weight = batch.weight  # kept here, since a method may return a batch of its own making
         for method in self._hooks["transform_batch"]:
             batch = method.transform_batch(self, batch)
         output = self.forward(batch.inputs)
         if not self._checked:
             self._check_output(output, batch)
         owner = self._hooks["loss"]
-        loss = owner[0].loss(self, batch, output) if owner else self.task_loss(output.prediction, batch.targets)
+        loss = owner[0].loss(self, batch, output) if owner else self._task_loss(output.prediction, batch.targets)
         penalties = self._hooks["penalty"]
         terms = (loss, *(method.penalty(self, batch, output) for method in penalties)) if penalties else (loss,)
         total = sum(terms[1:], start=loss)
+        if total.numel() != 1:
+            raise ArgumentError(f"loss has shape {tuple(total.shape)}: must be a scalar, the mean over the batch")
         self._watch(total, terms, len(batch))
-        return total if batch.weight == 1.0 else total * batch.weight
+        return total if weight == 1.0 else total * weight
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients. Call it once for each micro-batch (with a loss already scaled), then ``step``."""
@@ -225,8 +251,10 @@ class Run:
             method.after_backward(self)
         if self.clip_norm is not None:
             norm = self.accelerator.clip_grad_norm_(self.trainable_parameters(), self.clip_norm)
-            if norm is not None and not math.isfinite(norm):
-                raise NonFiniteError(f"step {self.global_step}: the norm of the gradient is {float(norm)}. {_REMEDY}")
+            if norm is not None and self.accelerator.scaler is None:  # fp16's scaler skips a step that overflows
+                self._norms.append((self.global_step, norm))
+                if len(self._norms) >= self._look_every:
+                    self._flush()
         for method in self._hooks["before_step"]:
             method.before_step(self)
         self.optimizer.step()
@@ -242,6 +270,14 @@ class Run:
         for network in self._networks:
             network.train()
 
+    def batches(self) -> Iterator[Batch]:
+        """The batches of this epoch, without the first ``position`` (where a resumed run goes on)."""
+        if self.loader is None:
+            raise ArgumentError("data, batch_size = None: the run draws batches only if both are given")
+        if not self.position:
+            self._order = self.loader.order()
+        return self.loader.batches(self._order, self.position)
+
     def end_epoch(self, extra: dict[str, Any] | None = None) -> dict[str, Any]:
         """Call ``epoch_end`` of the methods, close the epoch's record and return it."""
         self._flush()
@@ -249,7 +285,7 @@ class Run:
             method.epoch_end(self)
         record: dict[str, Any] = {"epoch": self.epoch}
         if self._loss_count:
-            record["train_loss"] = self._loss_sum / self._loss_count
+            record["train_loss"] = self._mean_loss()
         record |= {name: sum(values) / len(values) for name, values in self._logged.items()}
         self._loss_sum, self._loss_count, self._logged = 0.0, 0, {}
         self.history.append(record | (extra or {}))
@@ -265,32 +301,41 @@ class Run:
 
     def finish(self) -> nn.Module:
         """End the training: check the weights, let the methods compress, merge or calibrate, and return the model."""
-        self._flush()
-        for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise NonFiniteError(
-                    f"step {self.global_step}: the weights {name} hold NaN or infinite values. {_REMEDY}"
-                )
+        self.check_finite()
         for method in self._hooks["finish"]:
             method.finish(self)
         for tap in self._taps.values():
             tap.remove()
         return self.model
 
+    def check_finite(self) -> None:
+        """Raise ``NonFiniteError`` if a loss, a gradient or a weight of the model has become NaN or infinite."""
+        self._flush()
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise NonFiniteError(
+                    f"step {self.global_step}: the weights {name} hold NaN or infinite values. {_REMEDY}"
+                )
+
     # -- evaluation ---------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def predict(self, data: Any, model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
-        """Predictions and targets for a data set or an iterable of batches, in order, in evaluation mode.
+        """Predictions and targets for a data set or a loader, in order, in evaluation mode.
 
         Uses ``inference_model`` unless another is given, and leaves every module's mode as it was.
         """
         model = self.inference_model if model is None else model
-        batches = data if isinstance(data, Loader) else Loader(as_dataset(data), 1024, device=self.device)
+        batches: Iterable[Any] = data
+        if hasattr(data, "__getitem__"):  # a data set; a loader has none
+            batches = Loader(as_dataset(data), 1024, device=self.device)
         training = [module for module in model.modules() if module.training]
+        needs_features, self._needs_features = self._needs_features, False
         model.eval()
         try:
-            pairs = [(self.forward(batch.inputs, model).prediction, batch.targets) for batch in map(Batch.of, batches)]
+            moved = (Batch.of(batch).to(self.device) for batch in batches)
+            pairs = [(self.forward(batch.inputs, model).prediction, batch.targets) for batch in moved]
         finally:
+            self._needs_features = needs_features
             for module in training:
                 module.training = True
         return torch.cat([p for p, _ in pairs]), torch.cat([t for _, t in pairs])
@@ -303,73 +348,75 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit for bit: weights, optimizer, schedule, methods, generators, data order, history."""
         self._flush()
-        random = checkpoints.random_state()
+        own = {"random": checkpoints.random_state(), "loss": [self._loss_sum, self._loss_count], "logged": self._logged}
+        ranks = [own]
         if self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object
 
-            random = {"ranks": gather_object([random])}
+            ranks = gather_object(ranks)
         return {
             "identity": self._identity(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else _plain_scheduler_state(self.scheduler),
             "methods": [method.state_dict() for method in self.methods],
-            "random": random,
+            "ranks": ranks,
             "generator": self.generator.get_state(),
             "order": self._order_state(),
-            "counters": [self.stage, self.epoch, self.global_step, self.position, self._loss_sum, self._loss_count],
-            "logged": self._logged,
+            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+            "counters": [self.stage, self.epoch, self.global_step, self.position],
             "history": self.history,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state``. Raises ``CheckpointError`` if it comes from a run with other methods, seed or data."""
-        mine, theirs = self._identity(), state["identity"]
-        different = [
-            f"{key}: {theirs.get(key)!r} there, {mine[key]!r} here" for key in mine if mine[key] != theirs.get(key)
-        ]
-        if different:
-            raise CheckpointError(
-                f"checkpoint belongs to another run ({'; '.join(different)}): use another folder, or the same settings"
-            )
         try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.scheduler is not None:
-                self.scheduler.load_state_dict(state["scheduler"])
-            for method, saved in zip(self.methods, state["methods"], strict=True):
-                method.load_state_dict(saved)
-        except (RuntimeError, KeyError, ValueError, TypeError) as error:
-            raise CheckpointError(f"checkpoint does not fit this run: {error}") from error
-        random = state["random"]
-        checkpoints.set_random_state(random["ranks"][self.accelerator.process_index] if "ranks" in random else random)
+            mine, theirs = self._identity(), state["identity"]
+            different = [
+                f"{key}: {theirs.get(key)!r} there, {mine[key]!r} here" for key in mine if mine[key] != theirs.get(key)
+            ]
+            if different:
+                raise CheckpointError(
+                    f"checkpoint belongs to another run ({'; '.join(different)}): use another folder, or the same settings"
+                )
+            self._restore(state)
+        except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"checkpoint does not fit this run: {type(error).__name__}: {error}") from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        for method, saved in zip(self.methods, state["methods"], strict=True):
+            method.load_state_dict(saved)
+        own = state["ranks"][self.accelerator.process_index]
+        checkpoints.set_random_state(own["random"])
+        self._loss_sum, self._loss_count = own["loss"]
+        self._logged, self.history = dict(own["logged"]), list(state["history"])
         self.generator.set_state(state["generator"])
-        if self.loader is not None and state["order"] is not None:
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.loader is not None:
             self.order_generator.set_state(state["order"]["generator"])
             if "sampler" in state["order"]:
                 self.loader.sampler.load_state_dict(state["order"]["sampler"])  # type: ignore[attr-defined]
-        self.stage, self.epoch, self.global_step, self.position, self._loss_sum, self._loss_count = state["counters"]
-        self._logged, self.history = dict(state["logged"]), list(state["history"])
+            self._order = state["order"]["rows"]
+        self.stage, self.epoch, self.global_step, self.position = state["counters"]
 
-    def mark_order(self) -> None:
-        """Remember the state of the data order at the start of an epoch, so that a resumed run can repeat the epoch's order."""
-        self._order = None
-        self._order = self._order_state()
-
-    _order: dict[str, Any] | None = None
+    _order: Tensor | None = None  # of the epoch that is under way
 
     def _order_state(self) -> dict[str, Any] | None:
         if self.loader is None:
             return None
-        if self._order is not None and self.position:
-            return self._order
         sampler = self.loader.sampler
         extra = {"sampler": sampler.state_dict()} if hasattr(sampler, "state_dict") else {}
-        return {"generator": self.order_generator.get_state(), **extra}
+        rows = self._order if self.position else None  # a sampler cannot be asked again for an order it has given
+        return {"generator": self.order_generator.get_state(), "rows": rows, **extra}
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "methods": [repr(method) for method in self.methods],
+            "methods": [re.sub(r" at 0x[0-9a-f]+", "", repr(method)) for method in self.methods],
             "seed": self.seed,
             "num_examples": self.num_examples,
             "total_steps": self.total_steps,
@@ -391,33 +438,40 @@ class Run:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.accelerator.mixed_precision != "no":
-            return self.accelerator.autocast()  # type: ignore[no-any-return]
+            return self.accelerator.autocast()
         return torch.autocast(self.device.type, torch.bfloat16) if self.mixed_precision == "bf16" else nullcontext()
 
     def _tap(self, module: nn.Module) -> FeatureTap:
-        if id(module) not in self._taps:
-            self._taps[id(module)] = FeatureTap(find_head(module, self.head_name))
-        return self._taps[id(module)]
+        if module not in self._taps:
+            self._taps[module] = FeatureTap(find_head(module, self.head_name))
+        return self._taps[module]
+
+    def _task_loss(self, prediction: Tensor, targets: Tensor) -> Tensor:
+        try:
+            return self.task_loss(prediction, targets)
+        except IndexError as error:  # how torch's losses report a label that the model has no output for
+            raise DataError(
+                f"step {self.global_step}: {error} The model's output has shape {tuple(prediction.shape)}: "
+                "labels must lie in [0, number of classes)"
+            ) from error
 
     def _check_output(self, output: Output, batch: Batch) -> None:
         prediction, targets = output.prediction, batch.targets
-        if (
-            self.task_loss is F.cross_entropy
-            and prediction.ndim == 2
-            and targets.ndim == 1
-            and not targets.is_floating_point()
-        ):
-            wrong = (
-                len(prediction) != len(targets) or (self.num_classes or int(targets.max()) + 1) > prediction.shape[1]
-            )
-            wanted = f"({len(targets)}, {self.num_classes or int(targets.max()) + 1})"
+        rows, soft = len(targets), targets.is_floating_point()
+        wrong, wanted = prediction.ndim == 0 or len(prediction) != rows, f"({rows}, ...)"
+        elementwise = self.task_loss in ELEMENTWISE or isinstance(self.task_loss, ELEMENTWISE_MODULES)
+        if self.task_loss is F.cross_entropy and soft and targets.ndim == 1:
+            if not self._hooks["loss"]:
+                raise ArgumentError(
+                    "loss = None: is cross-entropy, but the targets are floating point. Give loss=torch.nn.functional.mse_loss "
+                    "for values, or int64 targets for classes"
+                )
+        elif elementwise or (self.task_loss is F.cross_entropy and soft):
+            wrong, wanted = prediction.shape != targets.shape, f"{tuple(targets.shape)}"
         elif self.task_loss is F.cross_entropy:
-            wrong, wanted = (
-                prediction.ndim < 2 or len(prediction) != len(targets),
-                f"({len(targets)}, number of classes)",
-            )
-        else:
-            wrong, wanted = len(prediction) != len(targets), f"({len(targets)}, ...)"
+            classes = self.num_classes or int(targets.max()) + 1
+            wrong = wrong or prediction.ndim != targets.ndim + 1 or prediction.shape[1] < classes
+            wanted = f"({rows}, {', '.join(map(str, (classes, *targets.shape[1:])))})"
         if wrong:
             raise ArgumentError(
                 f"model output has shape {tuple(prediction.shape)}: must be {wanted} for targets of shape {tuple(targets.shape)}. "
@@ -426,7 +480,7 @@ class Run:
         self._checked = True
 
     def _watch(self, total: Tensor, terms: tuple[Tensor, ...], count: int) -> None:
-        if self.device.type == "cpu":
+        if self._look_every == 1:
             value = total.item()
             if not math.isfinite(value):
                 self._refuse(self.global_step, [term.item() for term in terms])
@@ -434,19 +488,31 @@ class Run:
             self._loss_count += count
             return
         # One look at many steps: each look makes the processor wait for the device.
-        self._pending.append((self.global_step, count, torch.stack([total, *terms]).detach()))  # type: ignore[arg-type]
-        if len(self._pending) >= CHECK_EVERY:
+        self._pending.append((self.global_step, count, torch.stack([total, *terms]).detach()))
+        if len(self._pending) >= self._look_every:
             self._flush()
 
     def _flush(self) -> None:
-        pending, self._pending = self._pending, []
-        for (step, count, _), values in zip(
-            pending, torch.stack([p[2] for p in pending]).tolist() if pending else (), strict=True
-        ):
+        pending, norms = self._pending, self._norms
+        self._pending, self._norms = [], []
+        bad = next(((step, float(norm)) for step, norm in norms if not math.isfinite(norm)), (math.inf, 0.0))
+        losses = torch.stack([values for _, _, values in pending]).tolist() if pending else []
+        for (step, count, _), values in zip(pending, losses, strict=True):
+            if step > bad[0]:
+                break
             if not math.isfinite(values[0]):
                 self._refuse(step, values[1:])
-            self._loss_sum += values[0] * count  # type: ignore[operator]
-            self._loss_count += count  # type: ignore[operator]
+            self._loss_sum += values[0] * count
+            self._loss_count += count
+        if math.isfinite(bad[0]):
+            raise NonFiniteError(f"step {bad[0]}: the norm of the gradient is {bad[1]}. {_REMEDY}")
+
+    def _mean_loss(self) -> float:
+        """The mean training loss of the epoch so far, over all processes."""
+        sums = torch.tensor([self._loss_sum, self._loss_count], dtype=torch.float64)
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums.to(self.device), "sum")
+        return float(sums[0] / sums[1])
 
     def _refuse(self, step: int, values: list[float]) -> None:
         owner = self._hooks["loss"]
@@ -482,7 +548,9 @@ def start(model: nn.Module, optimizer: OptimizerLike, **options: Any) -> Run:
     return run
 
 
-def _hooks(methods: list[Method]) -> dict[str, list[Method]]:
+def _hooks(methods: Sequence[Method]) -> dict[str, list[Method]]:
+    if isinstance(methods, Method):
+        raise ArgumentError(f"methods = {methods!r}: must be a list. Write methods=[{type(methods).__name__}(...)]")
     for method in methods:
         if not isinstance(method, Method):
             given = method.__name__ if isinstance(method, type) else repr(method)
@@ -499,10 +567,23 @@ def _hooks(methods: list[Method]) -> dict[str, list[Method]]:
     return table
 
 
-def _accelerator() -> Accelerator:
+def _accelerator(given: Accelerator | None) -> Accelerator:
+    """The accelerator given, else one that joins the processes of a launcher, also where there are only CPUs."""
     from accelerate import Accelerator
 
-    return Accelerator()
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    accelerator = given or Accelerator(cpu=launched > 1 and not torch.accelerator.is_available())
+    if launched > 1 and accelerator.num_processes == 1:
+        raise ArgumentError(
+            f"accelerator sees 1 process, but WORLD_SIZE = {launched}: each process would train by itself. "
+            "On CPUs make it with Accelerator(cpu=True)"
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ArgumentError(
+            f"accelerator.gradient_accumulation_steps = {accelerator.gradient_accumulation_steps}: must be 1, accelerate would "
+            "scale the loss a second time. Use fit(accumulation=...), or scale the loss in your own loop"
+        )
+    return accelerator
 
 
 def _seed(seed: int, name: str) -> int:
@@ -511,13 +592,16 @@ def _seed(seed: int, name: str) -> int:
 
 def _classes(data: Any, num_classes: int | None) -> tuple[int | None, Tensor | None]:
     """Number of classes and examples of each, from the argument or the data set's ``num_classes`` / ``targets``."""
-    targets = getattr(data, "targets", None)
-    if targets is None:
-        targets = getattr(getattr(data, "dataset", None), "targets", None)
+    targets = getattr(data if isinstance(data, Examples) else getattr(data, "dataset", None), "targets", None)
     if targets is not None:
-        targets = torch.as_tensor(targets)
-        if targets.is_floating_point() or targets.ndim != 1:
-            return num_classes or getattr(data, "num_classes", None), None
+        try:
+            targets = torch.as_tensor(targets)
+        except (TypeError, ValueError, RuntimeError):
+            targets = None  # something else of that name (boxes, strings)
+    if targets is not None and (targets.ndim == 0 or len(targets) != len(data)):
+        targets = None
+    if targets is not None and (targets.is_floating_point() or targets.ndim != 1):
+        return num_classes or getattr(data, "num_classes", None), None
     known = num_classes or getattr(data, "num_classes", None)
     if targets is None or not len(targets):
         return known, None
@@ -526,6 +610,8 @@ def _classes(data: Any, num_classes: int | None) -> tuple[int | None, Tensor | N
         raise ArgumentError(
             f"num_classes = {known}: must be at least {largest}, the largest label in the data plus one"
         )
+    if int(targets.min()) < 0:
+        raise DataError(f"targets holds the class {int(targets.min())}: classes are numbered from 0")
     known = known or largest
     return known, torch.bincount(targets.to(torch.int64), minlength=known)
 
@@ -553,13 +639,15 @@ def _optimizer(given: OptimizerLike, networks: list[nn.Module], before: set[int]
 
 
 def _scheduler(given: SchedulerLike | None, optimizer: Optimizer, total_steps: int | None) -> LRScheduler | None:
+    if isinstance(given, ReduceLROnPlateau):
+        raise ArgumentError("scheduler = ReduceLROnPlateau: must be one that is stepped without a metric")
     if given is None or isinstance(given, LRScheduler):
         return given
     if total_steps is None:
         raise ArgumentError(
             "scheduler is a function of the number of steps: give epochs with data and batch_size, or total_steps"
         )
-    return given(optimizer, total_steps)
+    return _scheduler(given(optimizer, total_steps), optimizer, total_steps)
 
 
 def _plain_scheduler_state(scheduler: LRScheduler) -> dict[str, Any]:

@@ -48,7 +48,8 @@ class LogUniform:
             refuse("low, high", (self.low, self.high), "satisfy 0 < low < high")
 
     def at(self, u: float) -> float:
-        return math.exp(math.log(self.low) + u * math.log(self.high / self.low))
+        # Rounding must not leave the interval: a method may refuse what lies outside.
+        return min(self.high, max(self.low, math.exp(math.log(self.low) + u * math.log(self.high / self.low))))
 
     def on_edge(self, value: float) -> bool:
         margin = 0.02 * math.log(self.high / self.low)

@@ -120,7 +120,8 @@ class Task:
                     f"{given} = {value!r}: {cls.name} has no such setting. {suggestion(key, list(known))} "
                     f"Its settings are {', '.join(sorted(known))}"
                 )
-            values[key] = _parse(given, value, str(known[key].type))
+            annotation = known[key].type  # a string under "from __future__ import annotations"
+            values[key] = _parse(given, value, annotation.__name__ if isinstance(annotation, type) else str(annotation))
         return cls(**values)
 
     def build_method(self, method: type[Method], config: Config) -> Method:
@@ -144,6 +145,8 @@ def _parse(name: str, value: Any, annotation: str) -> Any:
         if "float" in kinds:
             return float(value)
     except (KeyError, ValueError):
+        if "str" in kinds:
+            return value
         refuse(name, value, f"be of type {annotation}")
     return tuple(part.strip() for part in value.split(",")) if annotation.startswith("tuple") else value
 
@@ -195,6 +198,10 @@ class SupervisedTask(Task):
             for name, value in classification_metrics(*predictions[split]).items()
         }
 
+    def examine(self, problem: Problem, run: Run) -> dict[str, float]:
+        """Metrics of the finished model that need more than its predictions; they join those of the last epoch."""
+        return {}
+
     def loss(self) -> Callable[[Tensor, Tensor], Tensor] | None:
         """The task's loss; None is cross-entropy."""
         return None
@@ -235,7 +242,7 @@ class SupervisedTask(Task):
         problem = cached_problem(self, seed)
         ratio = float(config.get("compute_ratio", 1.0))
         epochs = round(self.epochs * ratio) if config.get("compute") == "longer" else self.epochs
-        cost = measure(lambda: self._fit(problem, method, config, seed, 0, epochs, lambda run: {}).model)
+        cost = measure(lambda: self._fit(problem, method, config, seed, 0, epochs, lambda run: {}).inference_model)
         if config.get("compute") == "ensemble":
             members = math.ceil(ratio)
             cost = replace(cost, flops=cost.flops * members, inference_parameters=cost.inference_parameters * members)
@@ -307,7 +314,7 @@ class SupervisedTask(Task):
 
         run = self._fit(problem, method, config, seed, member, epochs, look)
         # What a method does in ``finish`` belongs to the model that a user would ship.
-        predictions = {name: run.predict(loader, run.model) for name, loader in loaders.items()}
+        predictions = {name: run.predict(loader) for name, loader in loaders.items()}
         metrics["last"], kept["last"] = self.measure(problem, predictions), predictions
         return (
             metrics,

@@ -1,0 +1,56 @@
+# Every target keeps one virtual environment, .venv; it is made anew when pyproject.toml or constraints.txt change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: demo test lint types docs evidence bench calibrate format clean install
+
+install: $(VENV)/.dev
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,hf,ray]'
+	touch $@
+
+# The main job: three methods for noisy labels, and two more baselines, against a tuned baseline on real digits.
+demo: $(VENV)/.core
+	$(BIN)/equipoise compare noisy-labels --dataset digits --noise symmetric --rate 0.4 --jobs $(JOBS) --out equipoise-results/demo
+	@echo "The report: equipoise-results/demo/report.html"
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict --quiet
+
+# Long work, never part of CI.
+evidence: $(VENV)/.core
+	$(BIN)/equipoise reproduce --all --jobs $(JOBS)
+
+calibrate: $(VENV)/.core
+	$(BIN)/python benchmarks/calibration.py
+	$(BIN)/python benchmarks/calibration.py --real
+
+bench: $(VENV)/.dev
+	for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) site equipoise-results .mypy_cache .ruff_cache .pytest_cache

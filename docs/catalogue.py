@@ -1,0 +1,64 @@
+"""Builds the catalogue from the code: one page for each module of methods, made of its docstring, spaces and evidence."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from mkdocs.structure.files import File
+
+from equipoise import catalogue
+from equipoise.comparison.claims import evidence
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add ``catalogue.md`` and ``methods/<module>.md`` to the site."""
+    modules: dict[str, list[catalogue.Entry]] = {}
+    for entry in catalogue.methods().values():
+        if entry.module.startswith("equipoise."):
+            modules.setdefault(entry.module, []).append(entry)
+    pages = {"catalogue.md": overview(modules)}
+    for module, entries in modules.items():
+        pages[f"methods/{module.rsplit('.', 1)[-1]}.md"] = page(module, entries)
+    for path, text in pages.items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def overview(modules: dict[str, list[catalogue.Entry]]) -> str:
+    """The table of all methods and tasks."""
+    lines = ["# Catalogue", "", "Every method in the library, with the verdicts of its paper's claims.", ""]
+    lines += ["| method | problem | what it is | claims |", "|---|---|---|---|"]
+    for module, entries in modules.items():
+        name = module.rsplit(".", 1)[-1]
+        verdicts = ", ".join(document["verdict"] for document in evidence(name)) or "none"
+        for entry in entries:
+            lines.append(f"| [{entry.slug}](methods/{name}.md) | {entry.family.replace('_', ' ')} | {entry.summary} | {verdicts} |")
+    lines += ["", "## Tasks", "", "| task | what it is |", "|---|---|"]
+    lines += [f"| {entry.slug} | {entry.summary} |" for entry in catalogue.tasks().values()]
+    return "\n".join(lines) + "\n"
+
+
+def page(module: str, entries: list[catalogue.Entry]) -> str:
+    """One module: its docstring, each method's settings and what is tuned, and the evidence."""
+    text = entries[0].page
+    title, _, rest = text.partition("\n")
+    lines = [f"# {title.rstrip('.')}", "", rest.strip(), ""]
+    for entry in entries:
+        cls = entry.load()
+        lines += [f"## `{entry.cls}`", "", f"`from {module} import {entry.cls}`, on the command line `{entry.slug}`.", "", entry.doc, ""]
+        parameters = inspect.signature(cls).parameters.values()
+        if parameters:
+            lines += ["| setting | default | tuned over |", "|---|---|---|"]
+            for parameter in parameters:
+                default = "" if parameter.default is inspect.Parameter.empty else f"`{parameter.default!r}`"
+                lines.append(f"| `{parameter.name}` | {default} | {cls.space.get(parameter.name, '')} |")
+            lines.append("")
+    found = evidence(module.rsplit(".", 1)[-1])
+    if found:
+        lines += ["## Evidence", "", "| claim | expected | measured (95 % interval) | verdict |", "|---|---|---|---|"]
+        for document in found:
+            measured = "{effect:+.3g} [{low:+.3g}, {high:+.3g}] {unit}, n = {n}".format(**document["measured"])
+            lines.append(f"| {document['claim']} | {document['expected']} | {measured} | **{document['verdict']}** |")
+        lines += ["", f"Run it again: `equipoise reproduce {module.rsplit('.', 1)[-1]}`.", ""]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,25 @@
+"""The conformance kit: checks for methods and parts, ours and everyone's. Needs no test framework.
+
+    from equipoise.testing import check_method
+
+    print(check_method(MyMethod))
+"""
+
+from equipoise.testing.distributed import check_methods_ddp, spawn
+from equipoise.testing.method import METHOD_CHECKS, check_method
+from equipoise.testing.problem import KeywordNetwork, TinyNetwork, TinyProblem, classification, regression
+from equipoise.testing.report import ConformanceError, Report
+
+__all__ = [
+    "METHOD_CHECKS",
+    "ConformanceError",
+    "KeywordNetwork",
+    "Report",
+    "TinyNetwork",
+    "TinyProblem",
+    "check_method",
+    "check_methods_ddp",
+    "classification",
+    "regression",
+    "spawn",
+]

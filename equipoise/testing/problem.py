@@ -1,0 +1,189 @@
+"""The tiny problem on which the kit trains: a few dozen generated examples and a network of about hundred parameters.
+
+``classification()`` and ``regression()`` fit most methods. One that needs more (a domain of its own, two views, a model with
+a special layer) gets a ``TinyProblem`` of its author's own: ``check_method(MyMethod, problem=TinyProblem(...))``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.training import Examples, Method, Run, fit
+from equipoise.training.batch import Inputs, map_inputs
+
+
+class TinyNetwork(nn.Module):
+    """Two linear layers with ReLU between them, in timm's convention: ``forward_features`` then ``forward_head``.
+
+    (N, inputs) -> (N, outputs). ``norm=True`` puts a BatchNorm in front of the ReLU. The initial weights depend on ``seed``
+    alone; torch's global generator is left as it was.
+    """
+
+    def __init__(self, inputs: int = 6, hidden: int = 8, outputs: int = 3, *, norm: bool = False, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.body = nn.Linear(inputs, hidden)
+            self.norm = nn.BatchNorm1d(hidden) if norm else nn.Identity()
+            self.head = nn.Linear(hidden, outputs)
+
+    def forward_features(self, values: Tensor) -> Tensor:
+        """(N, inputs) -> (N, hidden)."""
+        return torch.relu(self.norm(self.body(values)))
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """(N, hidden) -> (N, outputs)."""
+        return self.head(features)
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer."""
+        return self.head
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(values))
+
+
+class KeywordNetwork(nn.Module):
+    """A network that takes its input as the keyword argument ``values``, as it does where inputs are dicts."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *, values: Tensor) -> Any:
+        return self.network(values)
+
+
+@dataclass(frozen=True)
+class TinyProblem:
+    """Data, a network and how to train it. ``train`` is ``equipoise.fit`` on it.
+
+    examples, validation: at least 20 and 5 examples; ``len(examples)`` should divide by nothing (37 is good).
+    network: makes the model, with the same initial weights at every call and no layer that mixes the rows of a batch.
+    norm_network: the same with BatchNorm, for the checks of buffers and modes; None to do without.
+    loss: the task's loss, cross-entropy by default.
+    """
+
+    examples: Examples
+    validation: Examples
+    network: Callable[[], nn.Module]
+    norm_network: Callable[[], nn.Module] | None = None
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    epochs: int = 3
+    batch_size: int = 8
+    learning_rate: float = 0.1
+    seed: int = 3
+
+    def make_optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+        """SGD with momentum 0.9."""
+        return torch.optim.SGD(parameters, lr=self.learning_rate, momentum=0.9)
+
+    def options(self, **changes: Any) -> dict[str, Any]:
+        """The keyword arguments of ``fit`` and ``start`` for this problem."""
+        common = {
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "optimizer": self.make_optimizer,
+            "validation": self.validation,
+            "loss": self.loss,
+            "seed": self.seed,
+        }
+        return common | changes
+
+    def train(self, methods: Sequence[Method] = (), **changes: Any) -> Run:
+        """Train a fresh network with ``methods``; ``changes`` replace arguments of ``fit``."""
+        return fit(self.network(), self.examples, methods=methods, **self.options(**changes))
+
+    def with_norm(self) -> TinyProblem:
+        """The problem with the BatchNorm network, where there is one."""
+        return self if self.norm_network is None else replace(self, network=self.norm_network)
+
+    def double(self) -> TinyProblem:
+        """The problem in float64."""
+        return replace(
+            self,
+            examples=_double(self.examples),
+            validation=_double(self.validation),
+            network=_Double(self.network),
+            norm_network=None if self.norm_network is None else _Double(self.norm_network),
+        )
+
+    def keyword_inputs(self) -> TinyProblem:
+        """The problem with inputs ``{"values": tensor}``. Only for problems whose inputs are tensors."""
+        wrap = lambda data: _replace(data, {"values": data.inputs})  # noqa: E731
+        return replace(
+            self,
+            examples=wrap(self.examples),
+            validation=wrap(self.validation),
+            network=_Keyword(self.network),
+            norm_network=None if self.norm_network is None else _Keyword(self.norm_network),
+        )
+
+    def first(self, count: int) -> TinyProblem:
+        """The problem with the first ``count`` training examples."""
+        return replace(self, examples=self.examples.subset(torch.arange(count)))
+
+
+def classification(count: int = 37, *, classes: int = 3, features: int = 6, seed: int = 0) -> TinyProblem:
+    """Noisy clusters, float32; every fifth label is wrong. Extras ``domain`` and ``group`` are (count,) int64 in {0, 1}."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = 1.5 * torch.randn(classes, features, generator=generator)
+
+    def draw(number: int) -> Examples:
+        labels = torch.arange(number) % classes
+        inputs = centres[labels] + torch.randn(number, features, generator=generator)
+        labels = torch.where(torch.arange(number) % 5 == 4, (labels + 1) % classes, labels)
+        extras = {"domain": torch.arange(number) % 2, "group": torch.arange(number) // 2 % 2}
+        return Examples(inputs, labels, num_classes=classes, **extras)
+
+    make = partial(TinyNetwork, features, outputs=classes)
+    return TinyProblem(draw(count), draw(11), make, partial(make, norm=True))
+
+
+def regression(count: int = 37, *, outputs: int = 1, features: int = 6, seed: int = 0) -> TinyProblem:
+    """A linear law with noise, float32; targets (count, outputs), squared error; extras as in ``classification``."""
+    generator = torch.Generator().manual_seed(seed)
+    law = torch.randn(features, outputs, generator=generator) / features**0.5
+
+    def draw(number: int) -> Examples:
+        inputs = torch.randn(number, features, generator=generator)
+        targets = inputs @ law + 0.1 * torch.randn(number, outputs, generator=generator)
+        extras = {"domain": torch.arange(number) % 2, "group": torch.arange(number) // 2 % 2}
+        return Examples(inputs, targets, **extras)
+
+    make = partial(TinyNetwork, features, outputs=outputs)
+    return TinyProblem(draw(count), draw(11), make, partial(make, norm=True), loss=nn.functional.mse_loss)
+
+
+@dataclass(frozen=True)
+class _Double:
+    """Makes a network in float64. A class, so that the problem can be sent to another process."""
+
+    make: Callable[[], nn.Module]
+
+    def __call__(self) -> nn.Module:
+        return self.make().double()
+
+
+@dataclass(frozen=True)
+class _Keyword:
+    make: Callable[[], nn.Module]
+
+    def __call__(self) -> nn.Module:
+        return KeywordNetwork(self.make())
+
+
+def _double(data: Examples) -> Examples:
+    wide = lambda t: t.double() if t.is_floating_point() else t  # noqa: E731
+    extras = {name: wide(extra) for name, extra in data.extras.items()}
+    return Examples(map_inputs(wide, data.inputs), wide(data.targets), num_classes=data.num_classes, **extras)
+
+
+def _replace(data: Examples, inputs: Inputs) -> Examples:
+    return Examples(inputs, data.targets, num_classes=data.num_classes, **data.extras)
