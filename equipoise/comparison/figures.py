@@ -335,7 +335,7 @@ def curve(arms: Sequence[ArmResult], column: str, scale: float, decimals: int, h
     title = column.replace("_", " ").capitalize() + (" (%)" if scale == 100 else "")
     # The steep first epochs, or an arm that explodes, must not press flat what is to be compared.
     everything = sorted((v for points in bands.values() for p in points for v in p[1:]), reverse=not higher)
-    vertical = Axis.around(everything[len(everything) // 12 :], 4)
+    vertical = Axis.around(everything[len(everything) // 12 :], 5)
     last = max(points[-1][0] for points in bands.values())
     start = min(points[0][0] for points in bands.values())
     baseline = next((bands[arm.name] for arm in arms if arm.baseline and arm.name in bands), [])

@@ -138,7 +138,7 @@ def headline(comparison: Comparison) -> tuple[str, list[str]]:
 def _win(arm: ArmResult, units: Units) -> str:
     verb = "raises" if (arm.difference or 0.0) > 0 else "lowers"
     amount = f"{number(abs(arm.difference or 0.0), units.decimals, units.scale)}{units.points}"
-    text = f"{arm.name} {verb} {units.metric} by {amount} (95 % interval {units.interval(arm.low, arm.high)}) {_cost(arm)}."
+    text = f"{arm.name} {verb} {units.metric} by {amount} (95\u00a0% interval {units.interval(arm.low, arm.high)}) {_cost(arm)}."
     if arm.matched:
         m = arm.matched
         result = {"better": "it is still better", "worse": "it is worse"}.get(m["verdict"], "no difference is seen")
@@ -189,7 +189,7 @@ def terminal_table(comparison: Comparison, width: int = 80) -> RichTable:
             table.add_column(name, justify="right", no_wrap=True)
     for arm in ranked(comparison, comparison.arms):
         verdict = "baseline" if arm.baseline else arm.verdict or "no verdict"
-        cells = [
+        cells: list[str | Text] = [
             Text(arm.name, style="bold" if arm.verdict == "better" else ""),
             Text(verdict, style=styles.get(verdict, "dim")),
             units.value(arm.mean),

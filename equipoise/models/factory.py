@@ -33,15 +33,20 @@ def build(name: str, input_shape: Sequence[int], num_outputs: int, seed: int = 0
     check_integer("num_outputs", num_outputs, 1)
     check_integer("seed", seed, 0)
     shape = tuple(int(side) for side in input_shape)
-    with _working_directory_on_path(), _seeded(seed):
-        if ":" not in name:
-            if name not in _REFERENCE:
-                names = ", ".join(map(repr, NAMES))
-                raise ArgumentError(
-                    f"model = {name!r}: must be one of {names}, or 'package.module:factory'. {suggestion(name, NAMES)}".rstrip()
-                )
-            return _REFERENCE[name](shape, num_outputs)
-        return _call(name, _import(name), shape, num_outputs)
+    with _working_directory_on_path():
+        # Imported first: a module that draws numbers as it is imported does so only once.
+        with _seeded(0):
+            factory = _import(name) if ":" in name else _reference(name)
+        with _seeded(seed):
+            return _call(name, factory, shape, num_outputs) if ":" in name else factory(shape, num_outputs)
+
+
+def _reference(name: str) -> Callable[..., nn.Module]:
+    if name not in _REFERENCE:
+        names = ", ".join(map(repr, NAMES))
+        hint = suggestion(name, NAMES)
+        raise ArgumentError(f"model = {name!r}: must be one of {names}, or 'package.module:factory'. {hint}".rstrip())
+    return _REFERENCE[name]
 
 
 def _import(name: str) -> Callable[..., Any]:

@@ -71,6 +71,7 @@ from equipoise.training.run import Run
 from equipoise.training.space import LogUniform, Space, Uniform
 
 SIGMA, MU = 100.0, 0.0
+MIN_ROWS = 2  # of a part of a batch in Co-teaching: BatchNorm cannot train on one
 PENALTY = 1e-5  # price of a channel, in accuracy: it only decides between prefixes that are equally good
 ELEMENTS_AT_ONCE = 2**18  # of prefix logits while correct predictions are counted; about what a processor's cache holds
 
@@ -269,7 +270,8 @@ def fold(head: nn.Linear) -> None:
 
 def _before_head(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     # A function of the module: copies of a model carry it, and find their own layer, mode and device.
-    layer, features = module.nested_dropout, args[0]
+    layer: Any = module.nested_dropout
+    features = args[0]
     if isinstance(layer, NestedDropout) and features.ndim != 2:
         raise ArgumentError(
             f"the head's inputs have shape {tuple(features.shape)}: nested dropout needs features (N, D). "
@@ -303,7 +305,7 @@ class Truncation:
             )
         if dropout is None:
             self.layers = [
-                NestedDropout(widths.copy().pop(), sigma=sigma, mu=mu, generator=generator) for _ in networks
+                NestedDropout(head.in_features, sigma=sigma, mu=mu, generator=generator) for head in self.heads
             ]
             if run.validation is not None:
                 targets = next(iter(run.validation)).targets
@@ -493,7 +495,8 @@ class CoTeaching(Method):
     peer: a ready second network (a copy of it is trained); by default one like the model with fresh weights, see ``make_peer``.
 
     The loss of the run is the sum of both networks' losses; evaluation uses the mean of their logits. A gradient clipped by
-    norm is clipped over both. Every selection keeps at least one row, and a single row is not split. At the neutral setting the
+    norm is clipped over both. Of a very small batch every part keeps
+    two rows. At the neutral setting the
     first network, ``networks[0]``, is the baseline; a second one is still trained beside it. In a step of stage two other
     methods see what the first network trains on.
     """
@@ -587,7 +590,7 @@ class CoTeaching(Method):
         """What networks 1 and 2 train on: the part of the batch that the other one has judged, or what it kept of it."""
         half = len(batch) // 2
         judged = [batch, batch]
-        if self.split_batch and half:
+        if self.split_batch and half >= MIN_ROWS:
             judged = [_rows(batch, slice(half)), _rows(batch, slice(half, None))]
         rate = forget_rate_schedule(run.epoch - self.stage_two, self.forget_rate, self.num_gradual)
         if rate > 0:
@@ -600,12 +603,12 @@ class CoTeaching(Method):
 
 
 def _kept(run: Run, batch: Batch, network: nn.Module, forget_rate: float) -> Tensor:
-    """Positions of the examples that ``network`` finds plausible, at least one."""
+    """Positions of the examples that ``network`` finds plausible, at least ``MIN_ROWS`` where there are so many."""
     logits = run.forward(batch.inputs, network).prediction
     check_logits(logits)
     losses = F.cross_entropy(precise(logits), batch.targets, reduction="none")
     kept = small_loss_indices(losses, forget_rate)
-    return kept if len(kept) else losses.argsort(stable=True)[:1]
+    return kept if len(kept) >= MIN_ROWS else losses.argsort(stable=True)[:MIN_ROWS]
 
 
 def _rows(batch: Batch, rows: slice | Tensor) -> Batch:
@@ -629,7 +632,7 @@ def _stage_two(pretrain_epochs: int | float, total_epochs: int | None) -> int:
                 "be a number of epochs (int) where the run's length is unknown",
                 "Or give epochs=...",
             )
-        return int(pretrain_epochs * (total_epochs or 0))
+        return math.floor(pretrain_epochs * (total_epochs or 0) + 1e-9)  # 0.29 of 100 epochs is 29
     if total_epochs is not None and pretrain_epochs >= total_epochs:
         refuse(
             "pretrain_epochs",

@@ -71,7 +71,7 @@ class NoisyLabels(SupervisedTask):
         raw = self._raw()
         if raw.class_names is None:
             raise ArgumentError(f"data = {raw.name!r}: has a continuous target; noisy-labels needs classes")
-        self.build_model(self.problem(0), 0)
+        super().check()
         if self.data is not None and self.test_data is None:
             return ["The test labels come from your own data and may be as noisy as the rest: the estimates are on noisy labels."]
         return []

@@ -7,18 +7,32 @@
 
 from equipoise.testing.distributed import check_methods_ddp, spawn
 from equipoise.testing.method import METHOD_CHECKS, check_method
+from equipoise.testing.parts import (
+    LAYER_CHECKS,
+    LOSS_CHECKS,
+    REGULARIZER_CHECKS,
+    check_layer,
+    check_loss,
+    check_regularizer,
+)
 from equipoise.testing.problem import KeywordNetwork, TinyNetwork, TinyProblem, classification, regression
 from equipoise.testing.report import ConformanceError, Report
 
 __all__ = [
+    "LAYER_CHECKS",
+    "LOSS_CHECKS",
     "METHOD_CHECKS",
+    "REGULARIZER_CHECKS",
     "ConformanceError",
     "KeywordNetwork",
     "Report",
     "TinyNetwork",
     "TinyProblem",
+    "check_layer",
+    "check_loss",
     "check_method",
     "check_methods_ddp",
+    "check_regularizer",
     "classification",
     "regression",
     "spawn",

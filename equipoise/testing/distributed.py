@@ -47,9 +47,24 @@ def check_methods_ddp(
 
     Returns a report for each method. Raises ``ConformanceError`` for the first that fails.
     """
+    outcomes = ddp_outcomes(methods, problem=problem, processes=processes, timeout=timeout)
+    for outcome in outcomes:
+        if isinstance(outcome, ConformanceError):
+            raise outcome
+    return [outcome for outcome in outcomes if isinstance(outcome, Report)]
+
+
+def ddp_outcomes(
+    methods: Sequence[Entry], *, problem: TinyProblem | None = None, processes: int = 2, timeout: float = 120
+) -> list[Report | ConformanceError]:
+    """As ``check_methods_ddp``, with the error of a method that fails in the place of its report.
+
+    A method that stops with an error ends the processes: those behind it are not reached, and fail too.
+    """
     base = (classification() if problem is None else problem).double()
     # No last batch smaller than the number of processes: it cannot be shared out, and the loader leaves it out.
-    base = base.first(_count(len(base.examples), base.batch_size, processes))
+    rest = len(base.examples) % base.batch_size
+    base = base.first(len(base.examples) - (rest if rest < processes else 0))
     entries = [entry if isinstance(entry, tuple) else (entry, {}) for entry in methods]
     subjects = [Subject(entry[0], dict(entry[1] or {}), base) for entry in entries]
     skips: list[Mapping[str, str]] = [entry[2] if len(entry) > 2 else {} for entry in entries]
@@ -57,19 +72,17 @@ def check_methods_ddp(
         check_names(skip, None, DDP_CHECKS)
     begin = time.perf_counter()
     results = spawn(lambda: (_trained(subject) for subject in subjects), processes=processes, timeout=timeout)
-    reports = []
+    outcomes: list[Report | ConformanceError] = []
     for i, subject in enumerate(subjects):
         ranks = [rank[i] if i < len(rank) else None for rank in results]
-        report = Report(subject.label)
-        _compare(subject, ranks, skips[i], report, timeout)
-        report.seconds = (time.perf_counter() - begin) / len(subjects)
-        reports.append(report)
-    return reports
-
-
-def _count(examples: int, batch_size: int, processes: int) -> int:
-    rest = examples % batch_size
-    return examples - rest if 0 < rest < processes else examples
+        try:
+            report = _compare(subject, ranks, skips[i])
+        except ConformanceError as error:
+            outcomes.append(error)
+        else:
+            report.seconds = (time.perf_counter() - begin) / len(subjects)
+            outcomes.append(report)
+    return outcomes
 
 
 def _trained(subject: Subject) -> dict[str, Any]:
@@ -78,7 +91,9 @@ def _trained(subject: Subject) -> dict[str, Any]:
     return {"model": spy.model, "methods": spy.methods, "losses": losses}
 
 
-def _compare(subject: Subject, ranks: list[Any], skips: Mapping[str, str], report: Report, timeout: float) -> None:
+def _compare(subject: Subject, ranks: list[Any], skips: Mapping[str, str]) -> Report:
+    report = Report(subject.label)
+
     def failed(check: str, seen: str, remedy: str) -> None:
         raise ConformanceError(subject.label, check, seen, remedy)
 
@@ -90,7 +105,7 @@ def _compare(subject: Subject, ranks: list[Any], skips: Mapping[str, str], repor
     if any(r is None for r in ranks):
         failed(
             "ddp-trains",
-            f"{len(ranks)} processes have not finished within {timeout:g} s, or one was killed",
+            "not every process finished: one waited for the others until the time was up, or an earlier method ended it",
             "Every process must take part in every collective operation, the same number of times, also for uneven shards",
         )
     report.passed.append("ddp-trains")
@@ -119,6 +134,7 @@ def _compare(subject: Subject, ranks: list[Any], skips: Mapping[str, str], repor
         "Each process sees its share of the global batch: statistics of a batch must be gathered. Where this is the method's "
         "nature, skip the check with the reason",
     )
+    return report
 
 
 def spawn(

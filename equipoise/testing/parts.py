@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError
 
 from equipoise.testing.compare import difference, snapshot
 from equipoise.testing.method import run_check
@@ -348,6 +349,6 @@ def _gradcheck(function: Callable[..., Tensor], leaves: list[Tensor]) -> None:
         skip("nothing to differentiate by")
     try:
         torch.autograd.gradcheck(function, leaves, atol=1e-6, rtol=1e-4)
-    except torch.autograd.gradcheck.GradcheckError as error:  # type: ignore[attr-defined]
+    except GradcheckError as error:
         text = str(error).strip().replace("\n", " ")
         fail(f"gradcheck says: {text[:300]}", "Look for detach, in-place changes, or a gradient written by hand")

@@ -210,7 +210,7 @@ class Examples(Dataset[Any]):
         )
         return Batch(taken, self.targets.index_select(0, index), index, extras)
 
-    def subset(self, index: Tensor) -> Examples:
+    def subset(self, index: Tensor | Sequence[int]) -> Examples:
         """A new data set of the given rows (positions, or a mask); its positions start at 0 again."""
         index = torch.as_tensor(index)
         part = self.take(index.nonzero().squeeze(1) if index.dtype == torch.bool else index.to(torch.int64))

@@ -93,7 +93,9 @@ class Run:
         self.accelerator = _accelerator(accelerator)
         self.device = torch.device(self.accelerator.device)
         if self.device.type == "cpu":
-            self.device = torch.device("cpu")  # without the index that accelerate may give it: no tensor's device has one
+            self.device = torch.device(
+                "cpu"
+            )  # without the index that accelerate may give it: no tensor's device has one
         self.seed, self.stage, self.epoch, self.global_step, self.position = seed, 0, 0, 0, 0
         self.generator = torch.Generator().manual_seed(_seed(seed, "run"))
         self.task_loss: LossFunction = F.cross_entropy if loss is None else loss

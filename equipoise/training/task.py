@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.errors import ArgumentError, check_integer, refuse
-from equipoise.training.batch import Examples, Loader
+from equipoise.training.batch import Examples, Loader, Output, map_inputs
 from equipoise.training.cost import Cost, measure
 from equipoise.training.fit import fit
 from equipoise.training.method import Method
@@ -177,6 +177,22 @@ class SupervisedTask(Task):
     def __post_init__(self) -> None:
         check_integer("epochs", self.epochs, 1)
         check_integer("batch_size", self.batch_size, 1)
+
+    def check(self) -> list[str]:
+        """Build the first problem and its model, and refuse a model whose output does not fit the targets."""
+        problem = cached_problem(self, 0)
+        model = self.build_model(problem, 0).eval()
+        rows = min(2, len(problem.train))
+        with torch.no_grad():
+            inputs = map_inputs(lambda t: t[:rows], problem.train.inputs)
+            prediction = Output.of(model(**inputs) if isinstance(inputs, dict) else model(inputs)).prediction
+        wanted = (rows, problem.num_outputs)
+        if tuple(prediction.shape) not in (wanted, wanted[: problem.train.targets.ndim]):
+            raise ArgumentError(
+                f"model = {self.model!r}: its output has shape {tuple(prediction.shape)} for {rows} examples: must be {wanted}. "
+                "Change the model's last layer"
+            )
+        return []
 
     def problem(self, seed: int) -> Problem:
         """Split, corrupt and preprocess the data of one seed."""

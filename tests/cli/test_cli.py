@@ -140,7 +140,7 @@ def test_a_model_of_the_wrong_shape(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     Path("shapes.py").write_text("import torch\ndef seven(input_shape, num_outputs):\n    return torch.nn.Sequential("
                                  "torch.nn.Flatten(), torch.nn.Linear(64, 7))\n")  # fmt: skip
     error = refused(monkeypatch, capsys, "compare", "noisy-labels", "--model", "shapes:seven", *QUICK)
-    assert "model output has shape" in error and "10" in error
+    assert "output has shape (2, 7)" in error and "(2, 10)" in error
     assert not Path("equipoise-results").exists()
 
 

@@ -18,7 +18,7 @@ from equipoise.training import Loader
 from equipoise.training.batch import as_dataset, map_inputs, size_of
 
 
-# -- Batch ------------------------------------------------------------------------------------------------------------------------
+# -- Batch -------------------------------------------------------------------------------------------------------------
 def test_batch_of_everything_a_loader_yields() -> None:
     x, y, i, g = torch.randn(4, 2), torch.arange(4), torch.arange(4) + 10, torch.ones(4)
     assert Batch.of(Batch(x, y)).inputs is x
@@ -41,11 +41,13 @@ def test_batch_of_everything_a_loader_yields() -> None:
 @pytest.mark.parametrize("parts", [1, 2, 5, 7, 99])
 def test_split_is_even_and_complete(rows: int, parts: int) -> None:
     x = torch.arange(rows * 2).view(rows, 2)
-    batch = Batch({"a": x, "b": x + 1}, torch.arange(rows), torch.arange(rows) + 5, {"g": torch.arange(rows), "n": "name"})
+    batch = Batch(
+        {"a": x, "b": x + 1}, torch.arange(rows), torch.arange(rows) + 5, {"g": torch.arange(rows), "n": "name"}
+    )
     pieces = batch.split(parts)
     sizes = [len(piece) for piece in pieces]
     assert len(pieces) == min(rows, parts) and max(sizes) - min(sizes) <= 1
-    assert torch.equal(torch.cat([piece.inputs["a"] for piece in pieces]), x)  # type: ignore[index]
+    assert torch.equal(torch.cat([piece.inputs["a"] for piece in pieces]), x)
     assert torch.equal(torch.cat([piece.positions("x") for piece in pieces]), torch.arange(rows) + 5)
     assert torch.equal(torch.cat([piece.extras["g"] for piece in pieces]), batch.targets)
     assert all(piece.extras["n"] == "name" for piece in pieces)
@@ -57,27 +59,27 @@ def test_split_is_even_and_complete(rows: int, parts: int) -> None:
 def test_all_processes_cut_equally_many_pieces(world: int, size: int, parts: int) -> None:
     shards = [next(Loader(Examples(*blobs(9)), size, rank=rank, world=world).batches()) for rank in range(world)]
     assert len({len(shard.split(parts)) for shard in shards}) == 1
-    assert sum(shard.weight * len(piece) / len(shard) for shard in shards for piece in shard.split(parts)) == pytest.approx(
-        world
-    )
+    assert sum(
+        shard.weight * len(piece) / len(shard) for shard in shards for piece in shard.split(parts)
+    ) == pytest.approx(world)
 
 
 def test_batch_moves_as_a_whole() -> None:
     batch = Batch({"a": torch.ones(2)}, torch.ones(2), torch.arange(2), {"g": torch.ones(2), "n": 1}, weight=0.5)
     assert batch.to(torch.device("cpu")) is batch
     moved = batch.to(torch.device("meta"))
-    assert moved.inputs["a"].device.type == moved.extras["g"].device.type == moved.positions("x").device.type == "meta"  # type: ignore
+    assert moved.inputs["a"].device.type == moved.extras["g"].device.type == moved.positions("x").device.type == "meta"
     assert moved.weight == 0.5 and moved.extras["n"] == 1
 
 
 def test_inputs_of_both_kinds() -> None:
     x = torch.ones(3, 2)
     assert size_of(x) == size_of({"a": x}) == 3
-    assert torch.equal(map_inputs(lambda t: t + 1, x), x + 1)  # type: ignore[arg-type]
-    assert torch.equal(map_inputs(lambda t: t + 1, {"a": x})["a"], x + 1)  # type: ignore[call-overload]
+    assert torch.equal(map_inputs(lambda t: t + 1, x), x + 1)
+    assert torch.equal(map_inputs(lambda t: t + 1, {"a": x})["a"], x + 1)
 
 
-# -- Output -------------------------------------------------------------------------------------------------------------------------
+# -- Output ------------------------------------------------------------------------------------------------------------
 def test_output_of_everything_a_model_returns() -> None:
     z, f = torch.ones(2, 3), torch.zeros(2, 4)
     whole = Output(z, features=f)
@@ -92,13 +94,13 @@ def test_output_of_everything_a_model_returns() -> None:
             Output.of(bad)
 
 
-# -- Examples -----------------------------------------------------------------------------------------------------------------------
+# -- Examples ----------------------------------------------------------------------------------------------------------
 def test_examples_take_rows_in_order() -> None:
     x, y = blobs(20)
     data = Examples({"x": x}, y, group=torch.arange(20))
     index = torch.tensor([4, 2, 4])
     batch = data.take(index)
-    assert torch.equal(batch.inputs["x"], x[index]) and torch.equal(batch.targets, y[index])  # type: ignore[index]
+    assert torch.equal(batch.inputs["x"], x[index]) and torch.equal(batch.targets, y[index])
     assert torch.equal(batch.extras["group"], index) and torch.equal(batch.positions("x"), index)
     assert data.num_classes == 3 and len(data) == 20
 
@@ -109,7 +111,7 @@ def test_subsets_by_position_list_and_mask() -> None:
     mask = y == 1
     for rows in (mask, mask.nonzero().squeeze(1), mask.nonzero().squeeze(1).tolist()):
         part = data.subset(rows)
-        assert torch.equal(part.inputs, x[mask]) and part.num_classes == 7  # type: ignore[arg-type]
+        assert torch.equal(part.inputs, x[mask]) and part.num_classes == 7
         assert torch.equal(part.extras["group"], torch.arange(20)[mask])
         assert torch.equal(part.take(torch.tensor([0])).positions("x"), torch.tensor([0]))
 
@@ -136,7 +138,7 @@ def test_as_dataset() -> None:
         as_dataset([], "validation")
 
 
-# -- Loader -------------------------------------------------------------------------------------------------------------------------
+# -- Loader ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "make",
     [

@@ -67,9 +67,9 @@ def test_two_processes_equal_one(launcher: str, tmp_path: Path) -> None:
                 for found, wanted in zip(record["history"], run.history, strict=True):
                     assert found == pytest.approx(wanted, rel=1e-9)
         if name == "method":
-            torch.testing.assert_close(ours["seen"], run.methods[0].part.seen, rtol=0, atol=1e-12)  # type: ignore
+            torch.testing.assert_close(ours["seen"], run.methods[0].part.seen, rtol=0, atol=1e-12)
             assert (ours["seen"] != 0).all()
-    for (found, record) in ((ours, ours_record), (theirs, theirs_record)):
+    for found, record in ((ours, ours_record), (theirs, theirs_record)):
         assert record["whole"] == record["again"]
         for key in [key for key in found if key.startswith("whole/")]:
             if "running" not in key or found is ours:

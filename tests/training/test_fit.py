@@ -17,7 +17,7 @@ from equipoise import Batch, Examples, Method, Output, Run
 from equipoise.training.features import find_head
 
 
-# -- against loops written by hand --------------------------------------------------------------------------------------
+# -- against loops written by hand -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("batch_size", [16, 45, 200])  # uneven last batch, even batches, one batch
 def test_equals_a_hand_written_loop_bit_for_bit(batch_size: int) -> None:
     ours, theirs = mlp(dropout=0.3, norm=True), mlp(dropout=0.3, norm=True)
@@ -82,14 +82,16 @@ def test_own_loop_over_the_runs_own_batches() -> None:
     assert run.global_step == run.total_steps == 10
 
 
-# -- randomness -----------------------------------------------------------------------------------------------------------
+# -- randomness --------------------------------------------------------------------------------------------------------
 def test_global_generators_are_left_as_they_were() -> None:
     torch.manual_seed(11)
     before = torch.get_rng_state()
     equipoise.fit(mlp(dropout=0.5), blobs(), epochs=1, methods=[Stateful()], validation=blobs(seed=2))
     assert torch.equal(before, torch.get_rng_state())
     with pytest.raises(RuntimeError, match="stop"):
-        equipoise.fit(mlp(dropout=0.5), blobs(), epochs=1, on_epoch_end=lambda run: (_ for _ in ()).throw(RuntimeError("stop")))
+        equipoise.fit(
+            mlp(dropout=0.5), blobs(), epochs=1, on_epoch_end=lambda run: (_ for _ in ()).throw(RuntimeError("stop"))
+        )
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -126,7 +128,7 @@ def test_two_runs_step_by_step_in_turn() -> None:
     assert all(same(a, b) for a, b in zip(alone, turns, strict=True))
 
 
-# -- precision, accumulation, clipping ------------------------------------------------------------------------------------
+# -- precision, accumulation, clipping ---------------------------------------------------------------------------------
 class See(Method):
     """Keeps what the loss would see."""
 
@@ -172,7 +174,7 @@ def test_accumulation_has_the_same_gradient(accumulation: int) -> None:
     assert first.history[0]["train_loss"] == pytest.approx(second.history[0]["train_loss"], rel=1e-12)
 
 
-# -- kinds of inputs ----------------------------------------------------------------------------------------------------------
+# -- kinds of inputs ---------------------------------------------------------------------------------------------------
 class TwoInputs(nn.Module):
     """Takes keyword arguments, returns a record."""
 
@@ -308,7 +310,7 @@ def test_segmentation_like_targets() -> None:
     assert run.history[0]["train_loss"] > 0
 
 
-# -- features -------------------------------------------------------------------------------------------------------------
+# -- features ----------------------------------------------------------------------------------------------------------
 class Timm(nn.Module):
     """The convention of timm: a classifier that is not the last linear layer."""
 
@@ -354,7 +356,7 @@ def test_features_by_timm_convention_last_linear_and_name() -> None:
     ):
         if head == "1":  # predictions are not the head's output here: only the width is checked
             method: Features = Features(width)
-            method.loss = lambda run, batch, output: F.cross_entropy(output.prediction, batch.targets)  # type: ignore
+            method.loss = lambda run, batch, output: F.cross_entropy(output.prediction, batch.targets)
         else:
             method = Features(width)
         run = equipoise.fit(model, blobs(), epochs=2, methods=[method], head=head)
@@ -382,7 +384,7 @@ def test_a_model_may_hand_out_features_itself() -> None:
     equipoise.fit(Own(), blobs(), epochs=1, methods=[Check()])
 
 
-# -- evaluation -----------------------------------------------------------------------------------------------------------
+# -- evaluation --------------------------------------------------------------------------------------------------------
 def test_predict_takes_data_sets_and_loaders_and_keeps_modes() -> None:
     model = mlp(dropout=0.5, norm=True)
     run = equipoise.start(model, sgd(model.parameters()))

@@ -85,9 +85,7 @@ def test_documented_order() -> None:
     trace = Trace()
     equipoise.fit(mlp(), blobs(20), epochs=2, batch_size=10, methods=[trace], clip_norm=0.01)
     step = ["transform_batch", "loss", "penalty", "after_backward", "before_step"]
-    epochs = [
-        [*step, f"after_step {2 * e + 1}", *step, f"after_step {2 * e + 2}", f"epoch_end {e}"] for e in range(2)
-    ]
+    epochs = [[*step, f"after_step {2 * e + 1}", *step, f"after_step {2 * e + 2}", f"epoch_end {e}"] for e in range(2)]
     assert trace.seen == [
         "prepare",
         "configure_optimizer",
@@ -126,7 +124,7 @@ def test_methods_are_called_in_the_order_given_and_penalties_add_up() -> None:
 def test_stage_end_and_instance_hooks() -> None:
     method = Method()
     stages: list[int] = []
-    method.stage_end = lambda run: stages.append(run.stage)  # type: ignore[method-assign]
+    method.stage_end = lambda run: stages.append(run.stage)
     model = mlp()
     run = equipoise.start(model, sgd(model.parameters()), methods=[method])
     run.begin_stage()
@@ -156,11 +154,11 @@ def test_exclusive_hooks_conflict_naming_both(hook: str) -> None:
 
 def test_class_instead_of_instance() -> None:
     with pytest.raises(ArgumentError, match=r"methods holds Trace.*Pass an instance: Trace\(\.\.\.\)"):
-        equipoise.fit(mlp(), blobs(), epochs=1, methods=[Trace])  # type: ignore[list-item]
+        equipoise.fit(mlp(), blobs(), epochs=1, methods=[Trace])
     with pytest.raises(ArgumentError, match=r"methods=\[Trace\(\.\.\.\)\]"):
-        equipoise.fit(mlp(), blobs(), epochs=1, methods=Trace())  # type: ignore[arg-type]
+        equipoise.fit(mlp(), blobs(), epochs=1, methods=Trace())
     with pytest.raises(ArgumentError, match="'elr'"):
-        equipoise.fit(mlp(), blobs(), epochs=1, methods=["elr"])  # type: ignore[list-item]
+        equipoise.fit(mlp(), blobs(), epochs=1, methods=["elr"])
 
 
 def test_transform_batch_replaces_inputs_and_targets_softly() -> None:
@@ -241,7 +239,7 @@ def test_registered_module_trains_and_needs_prepare() -> None:
 def test_prepare_may_replace_weights_and_the_optimizer_follows() -> None:
     class Double(Method):
         def prepare(self, run: Run) -> None:
-            run.model[0] = nn.Linear(6, 16)  # type: ignore[operator]
+            run.model[0] = nn.Linear(6, 16)
 
     model = mlp()
     given = sgd(model.parameters())
@@ -272,7 +270,7 @@ def test_inference_model_is_what_predicts_and_follows_a_replaced_model() -> None
             run.inference_model = self.twin
 
     run = equipoise.fit(mlp(), blobs(), epochs=1, methods=[Average()])
-    assert run.inference_model is run.methods[0].twin  # type: ignore[attr-defined]
+    assert run.inference_model is run.methods[0].twin
 
     class Shrink(Method):
         def finish(self, run: Run) -> None:
@@ -290,7 +288,7 @@ def test_finish_returns_the_model_a_method_made() -> None:
 
     model = mlp()
     run = equipoise.start(model, sgd(model.parameters()), methods=[Wrap()])
-    assert isinstance(run.finish()[0], nn.Sequential)  # type: ignore[index]
+    assert isinstance(run.finish()[0], nn.Sequential)
 
 
 def test_settings_repr_and_streams() -> None:

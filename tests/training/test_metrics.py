@@ -49,7 +49,9 @@ def slow_ece(logits: Tensor, targets: Tensor, bins: int) -> float:
 @pytest.mark.parametrize("bins", [1, 10, 15])
 def test_against_slow_references(seed: int, bins: int) -> None:
     logits, targets = problem(seed)
-    assert expected_calibration_error(logits, targets, bins) == pytest.approx(slow_ece(logits, targets, bins), abs=1e-12)
+    assert expected_calibration_error(logits, targets, bins) == pytest.approx(
+        slow_ece(logits, targets, bins), abs=1e-12
+    )
     rows = [softmax(row) for row in logits.double().tolist()]
     labels = targets.tolist()
     nll = -sum(math.log(row[label]) for row, label in zip(rows, labels, strict=True)) / len(rows)

@@ -19,7 +19,7 @@ from equipoise.errors import ArgumentError, DataError, NonFiniteError
 from equipoise.training.features import find_head
 
 
-# -- runs that go non-finite ----------------------------------------------------------------------------------------------
+# -- runs that go non-finite -------------------------------------------------------------------------------------------
 class Spoil(Method):
     """Returns a bad term at one step."""
 
@@ -86,7 +86,7 @@ def test_step_and_term_are_named(
 
 
 def test_infinite_and_the_tasks_own_loss() -> None:
-    with pytest.raises(NonFiniteError, match="step 0: the penalty of spoil is (-?inf|nan)"):
+    with pytest.raises(NonFiniteError, match=r"step 0: the penalty of spoil is (-?inf|nan)"):
         equipoise.fit(mlp(), blobs(), epochs=1, methods=[Spoil("penalty", 0, math.inf)])
     with pytest.raises(NonFiniteError, match="step 0: the task's loss is nan"):
         equipoise.fit(mlp(), blobs(), epochs=1, loss=lambda p, t: (p.sum() * 0 - 1).sqrt())
@@ -105,7 +105,7 @@ def test_losses_are_summed_alike_however_often_one_looks() -> None:
     assert [r["train_loss"] for r in every] == pytest.approx([r["train_loss"] for r in seldom], rel=1e-6)
 
 
-# -- data -----------------------------------------------------------------------------------------------------------------------
+# -- data --------------------------------------------------------------------------------------------------------------
 class Broken(nn.Module):
     """A model that must never be called."""
 
@@ -196,7 +196,7 @@ def test_what_a_dataset_calls_targets_is_used_only_if_it_is_labels(targets: Any,
             return torch.zeros(6), 1
 
     run = equipoise.start(mlp(), sgd, data=Own())
-    assert (run.class_counts if counts is None else run.class_counts.tolist()) == counts  # type: ignore[union-attr]
+    assert (run.class_counts if counts is None else run.class_counts.tolist()) == counts
     targets_below = Own()
     targets_below.targets = [-1, 0]
     with pytest.raises(DataError, match="class -1"):
@@ -239,7 +239,7 @@ def test_batches_of_an_own_loop() -> None:
         run.training_loss(blobs())
 
 
-# -- models and losses ----------------------------------------------------------------------------------------------------------
+# -- models and losses -------------------------------------------------------------------------------------------------
 class Returns(nn.Module):
     """Returns whatever it is told to, connected to a parameter."""
 
@@ -288,13 +288,13 @@ def test_loss_must_be_a_scalar() -> None:
 def test_find_head() -> None:
     model = mlp()
     assert find_head(model, "0") is model[0]
-    with pytest.raises(ArgumentError, match="head = 'classifer': must name a module.*Did you mean 'classifier'"):
+    with pytest.raises(ArgumentError, match=r"head = 'classifer': must name a module.*Did you mean 'classifier'"):
         find_head(nn.ModuleDict({"classifier": nn.Linear(2, 2)}), "classifer")
-    with pytest.raises(ArgumentError, match="head = None: the model has no nn.Linear"):
+    with pytest.raises(ArgumentError, match=r"head = None: the model has no nn\.Linear"):
         find_head(nn.Sequential(nn.Conv2d(1, 1, 1)))
 
 
-# -- arguments ------------------------------------------------------------------------------------------------------------------
+# -- arguments ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -322,7 +322,7 @@ def test_arguments_of_fit(settings: dict[str, Any], message: str) -> None:
 
 def test_unknown_arguments() -> None:
     with pytest.raises(TypeError, match="'lr'"):
-        equipoise.fit(Broken(), blobs(), epochs=1, lr=0.1)  # type: ignore[call-arg]
+        equipoise.fit(Broken(), blobs(), epochs=1, lr=0.1)
     with pytest.raises(TypeError, match="'lr'"):
         equipoise.start(mlp(), sgd, lr=0.1)
     with pytest.raises(ArgumentError, match="give epochs with data and batch_size, or total_steps"):

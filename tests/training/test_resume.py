@@ -199,7 +199,7 @@ def test_own_loops_save_and_load_too(tmp_path: Path) -> None:
     assert same(whole.model, second.model)
 
 
-# -- what survives ------------------------------------------------------------------------------------------------------------
+# -- what survives -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("victim", ["save_file", "_flush", "json.dump", "os.replace"])
 @pytest.mark.parametrize("how", [Stop, OSError(28, "No space left on device"), SafetensorError("IoError code: 28")])
 def test_killed_or_failed_while_saving_keeps_the_previous_one(
@@ -217,7 +217,9 @@ def test_killed_or_failed_while_saving_keeps_the_previous_one(
             raise how
 
         patch.setattr(f"equipoise.training.checkpoint.{victim}", fail)
-        with pytest.raises(Stop if how is Stop else CheckpointError, match=None if how is Stop else "previous one is untouched"):
+        with pytest.raises(
+            Stop if how is Stop else CheckpointError, match=None if how is Stop else "previous one is untouched"
+        ):
             checkpoints.save({"x": torch.zeros(3)}, folder)
     assert torch.equal(checkpoints.load(folder)["x"], torch.ones(3))
     checkpoints.save({"x": torch.full((3,), 2.0)}, folder)
@@ -245,12 +247,12 @@ def test_a_checkpoint_that_cannot_go_on_never_replaces_a_good_one() -> None:
                 with torch.no_grad():
                     next(run.model.parameters()).fill_(torch.inf)
 
-    with pytest.raises(NonFiniteError, match="step 3: the weights 0.weight"):
+    with pytest.raises(NonFiniteError, match=r"step 3: the weights 0\.weight"):
         equipoise.fit(mlp(), blobs(), epochs=3, checkpoint="saved", methods=[Explode()])
     assert checkpoints.load("saved")["counters"][2] == 2
 
 
-# -- what is refused ------------------------------------------------------------------------------------------------------------
+# -- what is refused ---------------------------------------------------------------------------------------------------
 @pytest.fixture
 def saved() -> Path:
     equipoise.fit(mlp(), blobs(), epochs=1, checkpoint="saved", methods=[Stateful()])
@@ -264,7 +266,17 @@ def resume(**changes: Any) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "null", '"x"', '{"format": 1}', '{"format": "1"}', '{"format": 1, "tensors": 3, "state": {}}', "\xff\xfe"],
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '"x"',
+        '{"format": 1}',
+        '{"format": "1"}',
+        '{"format": 1, "tensors": 3, "state": {}}',
+        "\xff\xfe",
+    ],
 )
 def test_damaged_json(saved: Path, content: str) -> None:
     (saved / "checkpoint.json").write_bytes(content.encode("latin-1"))
@@ -320,7 +332,7 @@ def test_another_run(saved: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match=word):
             resume(**changes)
-    with pytest.raises(CheckpointError, match="no checkpoint.json"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint\.json"):
         checkpoints.load("nowhere")
 
 
@@ -335,7 +347,7 @@ def test_addresses_in_settings_do_not_make_another_run() -> None:
     equipoise.fit(mlp(), blobs(), epochs=1, checkpoint="saved", methods=[Callback(object())], resume=True)
 
 
-# -- the format -----------------------------------------------------------------------------------------------------------------
+# -- the format --------------------------------------------------------------------------------------------------------
 def test_any_nesting_comes_back(tmp_path: Path) -> None:
     state = {
         "a/b": torch.ones(2),

@@ -75,14 +75,16 @@ class Clouds(SupervisedTask):
     def problem(self, seed: int) -> Problem:
         inputs, labels = blobs(self.size, seed=seed)
         cut = self.size // 3
-        parts = [Examples(inputs[i * cut : (i + 1) * cut], labels[i * cut : (i + 1) * cut], num_classes=3) for i in range(3)]
+        parts = [
+            Examples(inputs[i * cut : (i + 1) * cut], labels[i * cut : (i + 1) * cut], num_classes=3) for i in range(3)
+        ]
         return Problem(*parts, (6,), 3)
 
     def build_model(self, problem: Problem, seed: int) -> nn.Module:
         return mlp(seed=seed)
 
 
-# -- settings -----------------------------------------------------------------------------------------------------------------------
+# -- settings ----------------------------------------------------------------------------------------------------------
 def test_make_parses_strings() -> None:
     task = Clouds.make(
         epochs="7", **{"batch-size": "8"}, share="0.25", note="none", fast="Yes", tags="a, b", rate="none", kind="b"
@@ -128,7 +130,7 @@ def test_the_base_leaves_the_rest_open() -> None:
         task.run(Plain, {}, 0)
 
 
-# -- runs ---------------------------------------------------------------------------------------------------------------------------
+# -- runs --------------------------------------------------------------------------------------------------------------
 def test_a_run_is_fit_on_the_seeds_problem() -> None:
     task = Clouds()
     result = task.run(Plain, CONFIG, 5)
@@ -235,7 +237,7 @@ def test_sanity_sees_leakage_and_runs_that_learned_nothing() -> None:
     class Leaky(Clouds):
         def problem(self, seed: int) -> Problem:
             clean = super().problem(seed)
-            inputs = torch.cat([clean.train.inputs[:4], clean.test.inputs[4:]])  # type: ignore[index]
+            inputs = torch.cat([clean.train.inputs[:4], clean.test.inputs[4:]])
             return Problem(clean.train, clean.validation, Examples(inputs, clean.test.targets), (6,), 3)
 
     assert [passed for _, passed, _ in Clouds().sanity(0)] == [True]

@@ -47,7 +47,7 @@ def test_any_shape_any_type_no_graph() -> None:
 )
 def test_check_index_says_what_it_got(index: object, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        check_index(index, 5, 2)  # type: ignore[arg-type]
+        check_index(index, 5, 2)
 
 
 def test_check_index_accepts_the_edges() -> None:

@@ -122,7 +122,7 @@ def main(folder: Path) -> None:
     tensors |= {f"whole/{k}": v for k, v in whole.model.state_dict().items()}
     tensors |= {f"again/{k}": v for k, v in again.model.state_dict().items()}
     table = runs["method"].methods[0]
-    tensors |= {"seen": table.part.seen, "scale": table.scale.weight}  # type: ignore[attr-defined]
+    tensors |= {"seen": table.part.seen, "scale": table.scale.weight}
     save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, folder / f"{rank}.safetensors")
     document = {name: record(run) for name, run in (*runs.items(), ("whole", whole), ("again", again))}
     document["processes"] = {"count": whole.accelerator.num_processes}

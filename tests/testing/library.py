@@ -1,0 +1,16 @@
+"""The library's own methods, as they are found, and the checks that their ideas exclude."""
+
+from __future__ import annotations
+
+from equipoise.catalogue import methods
+
+METHODS = {slug: entry.load() for slug, entry in methods().items() if entry.module.startswith("equipoise.")}
+
+SKIPS: dict[str, dict[str, str]] = {
+    "elr-plus": {"ddp-equals-one": "mixup pairs the rows of each process's share"},
+    "co-teaching": {
+        "permuted-rows": "the halves of a batch are chosen by position",
+        "accumulation": "the small losses are chosen within each micro-batch",
+        "ddp-equals-one": "the small losses are chosen within each process's share",
+    },
+}

@@ -1,0 +1,16 @@
+"""Every method of the library satisfies the kit (in one process; for two see test_distributed.py)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from library import METHODS, SKIPS
+
+from equipoise.testing import check_method
+
+torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("slug", METHODS)
+def test_conformance(slug):
+    check_method(METHODS[slug], compile=True, skip=SKIPS.get(slug, {}))
