@@ -33,7 +33,9 @@ def overview(modules: dict[str, list[catalogue.Entry]]) -> str:
         name = module.rsplit(".", 1)[-1]
         verdicts = ", ".join(document["verdict"] for document in evidence(name)) or "none"
         for entry in entries:
-            lines.append(f"| [{entry.slug}](methods/{name}.md) | {entry.family.replace('_', ' ')} | {entry.summary} | {verdicts} |")
+            lines.append(
+                f"| [{entry.slug}](methods/{name}.md) | {entry.family.replace('_', ' ')} | {entry.summary} | {verdicts} |"
+            )
     lines += ["", "## Tasks", "", "| task | what it is |", "|---|---|"]
     lines += [f"| {entry.slug} | {entry.summary} |" for entry in catalogue.tasks().values()]
     return "\n".join(lines) + "\n"
@@ -46,7 +48,14 @@ def page(module: str, entries: list[catalogue.Entry]) -> str:
     lines = [f"# {title.rstrip('.')}", "", rest.strip(), ""]
     for entry in entries:
         cls = entry.load()
-        lines += [f"## `{entry.cls}`", "", f"`from {module} import {entry.cls}`, on the command line `{entry.slug}`.", "", entry.doc, ""]
+        lines += [
+            f"## `{entry.cls}`",
+            "",
+            f"`from {module} import {entry.cls}`, on the command line `{entry.slug}`.",
+            "",
+            entry.doc,
+            "",
+        ]
         parameters = inspect.signature(cls).parameters.values()
         if parameters:
             lines += ["| setting | default | tuned over |", "|---|---|---|"]

@@ -127,7 +127,9 @@ def _plugin(point: EntryPoint, kind: str) -> Entry:
     paper = getattr(cls, "paper", None)
     source = (paper.title, paper.authors, paper.venue, paper.url) if paper is not None else ()
     slug = getattr(cls, "name", "") or point.name
-    return Entry(slug, kind, point.value.split(".")[0], cls.__module__, cls.__name__, _first_line(doc), doc, page, source)
+    return Entry(
+        slug, kind, point.value.split(".")[0], cls.__module__, cls.__name__, _first_line(doc), doc, page, source
+    )
 
 
 def _first_line(doc: str) -> str:

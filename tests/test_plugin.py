@@ -51,7 +51,7 @@ class Halves(SupervisedTask):
         parts = [Examples(x[a:b], y[a:b], num_classes=2) for a, b in ((0, 80), (80, 100), (100, 120))]
         return Problem(*parts, (4,), 2)
 '''
-PROJECT = '''[build-system]
+PROJECT = """[build-system]
 requires = ["hatchling"]
 build-backend = "hatchling.build"
 
@@ -64,7 +64,7 @@ shrink = "shrinker.method:Shrink"
 
 [project.entry-points."equipoise.tasks"]
 halves = "shrinker.task:Halves"
-'''
+"""
 
 
 @pytest.mark.slow
@@ -88,6 +88,8 @@ def test_entry_points_of_an_installed_package(tmp_path: Path) -> None:
     listed = subprocess.run([python, "-m", "equipoise", "methods"], check=True, capture_output=True, text=True).stdout
     assert "shrink" in listed and "Pull all weights to zero." in listed
     options = ["--seeds", "2", "--configs", "1", "--no-timing", "--json", "--out", tmp_path / "out"]
-    done = subprocess.run([python, "-m", "equipoise", "compare", "halves", *options], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [python, "-m", "equipoise", "compare", "halves", *options], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert '"name": "shrink"' in done.stdout

@@ -26,7 +26,20 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-OPTIONS = ("methods", "seeds", "configs", "tuning-seeds", "jobs", "threads", "engine", "address", "out", "json", "timing", "retry-failed")
+OPTIONS = (
+    "methods",
+    "seeds",
+    "configs",
+    "tuning-seeds",
+    "jobs",
+    "threads",
+    "engine",
+    "address",
+    "out",
+    "json",
+    "timing",
+    "retry-failed",
+)
 
 
 def _version(wanted: bool) -> None:
@@ -37,7 +50,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     """Which training method beats a tuned baseline on your data, by how much, and at what cost?"""
 
@@ -53,8 +68,12 @@ def compare(
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Runs at a time.")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads of each run; results depend on it in the last bits.")] = 1,
     engine: Annotated[str, typer.Option(help="local, or ray.")] = "local",
-    address: Annotated[str | None, typer.Option(help="Address of a Ray cluster; without it a local one is started.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the store and the report [equipoise-results/TASK].")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster; without it a local one is started.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the store and the report [equipoise-results/TASK].")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
     timing: Annotated[bool, typer.Option(help="Measure the step-time ratio.")] = True,
     retry_failed: Annotated[bool, typer.Option(help="Run rows again that failed before.")] = False,
@@ -177,7 +196,9 @@ def reproduce(
         if not as_json:
             m = document["measured"]
             interval = f"{m['effect']:+.4g} [{m['low']:+.4g}, {m['high']:+.4g}] {m['unit']} (n = {m['n']})"
-            typer.echo(f"{claim.id}: {document['verdict']}\n  expected {claim.expected}\n  measured {interval}\n  {path}")
+            typer.echo(
+                f"{claim.id}: {document['verdict']}\n  expected {claim.expected}\n  measured {interval}\n  {path}"
+            )
     if as_json:
         print(json.dumps(documents, indent=2))
 
@@ -212,7 +233,9 @@ def _refuse_misspelt(settings: dict[str, str], entry: catalogue.Entry) -> None:
         if name not in known:
             hint = suggestion(name, [*OPTIONS, *(k.replace("_", "-") for k in known)])
             listed = ", ".join(k.replace("_", "-") for k in known)
-            raise ArgumentError(f"--{name.replace('_', '-')}: {entry.slug} has no such setting. {hint} Its settings are {listed}")
+            raise ArgumentError(
+                f"--{name.replace('_', '-')}: {entry.slug} has no such setting. {hint} Its settings are {listed}"
+            )
 
 
 def _list(kind: str, as_json: bool) -> None:
@@ -253,5 +276,3 @@ def _progress(quiet: bool, name: str = "") -> Iterator[Callable[[Progress], None
             bar.update(row, completed=event.done, total=event.total, description=text)
 
         yield watch
-
-

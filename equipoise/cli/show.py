@@ -24,7 +24,12 @@ def show_method(entry: Entry, as_json: bool) -> None:
     ]
     found = evidence(claim_slug_of(entry.module))
     if as_json:
-        fields = {"slug": entry.slug, "family": entry.family, "class": f"{entry.module}.{entry.cls}", "paper": list(entry.paper)}
+        fields: dict[str, Any] = {
+            "slug": entry.slug,
+            "family": entry.family,
+            "class": f"{entry.module}.{entry.cls}",
+            "paper": list(entry.paper),
+        }
         fields |= {"summary": entry.summary, "page": entry.page, "settings": settings, "evidence": found}
         print(json.dumps(fields, indent=2, default=str))
         return
@@ -49,11 +54,26 @@ def show_task(entry: Entry, as_json: bool) -> None:
     from dataclasses import MISSING, fields
 
     cls = entry.load()
-    settings = [{"setting": f.name.replace("_", "-"), "default": None if f.default is MISSING else f.default} for f in fields(cls)]
+    settings = [
+        {"setting": f.name.replace("_", "-"), "default": None if f.default is MISSING else f.default}
+        for f in fields(cls)
+    ]
     space = {name: str(dimension) for name, dimension in cls().space().items()}
     if as_json:
-        document = {"slug": entry.slug, "summary": entry.summary, "page": entry.doc, "settings": settings, "space": space}
-        print(json.dumps(document | {"metric": cls.metric, "baseline": cls.baseline, "methods": cls.methods}, indent=2, default=str))
+        document = {
+            "slug": entry.slug,
+            "summary": entry.summary,
+            "page": entry.doc,
+            "settings": settings,
+            "space": space,
+        }
+        print(
+            json.dumps(
+                document | {"metric": cls.metric, "baseline": cls.baseline, "methods": cls.methods},
+                indent=2,
+                default=str,
+            )
+        )
         return
     console = _console()
     console.print(f"[bold]{entry.slug}[/bold]\n")

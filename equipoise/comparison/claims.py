@@ -60,7 +60,6 @@ class Claim:
     scale: float = 1.0
     remarks: str = ""
 
-
     def __post_init__(self) -> None:
         if (self.at_least is None) == (self.at_most is None):
             refuse("at_least, at_most", (self.at_least, self.at_most), "be given one of them")
@@ -85,32 +84,42 @@ class Claim:
             return "reproduced"
         return "contradicted" if high < min(bound, 0) else "not reproduced here"
 
-    def run(
-        self, out: Path, *, jobs: int = 1, progress: Callable[[Progress], None] | None = None
-    ) -> dict[str, Any]:
+    def run(self, out: Path, *, jobs: int = 1, progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
         """Carry the claim's comparison out (rows that are in the store of ``out`` are not run again); return the evidence."""
         start = time.perf_counter()
         arms = [Arm(slug, name, config) for name, slug, config in self.arms]
         task = catalogue.find("task", self.task).load() if isinstance(self.task, str) else self.task
         comparison = compare(
-            task.make(**self.settings), arms, seeds=self.seeds, jobs=jobs, out=out, measure_time=False, progress=progress
+            task.make(**self.settings),
+            arms,
+            seeds=self.seeds,
+            jobs=jobs,
+            out=out,
+            measure_time=False,
+            progress=progress,
         )
         runs = comparison.runs()
         finals = runs[runs.kind == "final"].set_index(["arm", "seed"]).sort_index()
         values: dict[str, list[float]] = {}
         for arm, metric in ((self.method, self.metric), (self.reference, self.reference_metric or self.metric)):
             values[f"{arm} ({metric})"] = [float(v) for v in finals.loc[arm][metric]]
-        mine, theirs = (np.asarray(v) for v in (list(values.values()) if len(values) == 2 else list(values.values()) * 2))
+        mine, theirs = (
+            np.asarray(v) for v in (list(values.values()) if len(values) == 2 else list(values.values()) * 2)
+        )
         if len(mine) < 2 or not np.isfinite([*mine, *theirs]).all():
             errors = "; ".join(str(e).split("\n")[0] for e in finals["error"].dropna().unique())
             raise EquipoiseError(f"claim {self.id}: a final run failed, so nothing was written. {errors}")
         if self.relative:
             logs = paired_difference(np.log(mine), np.log(theirs))
-            effect = Estimate(*(self.scale * float(np.expm1(v)) for v in (logs.difference, logs.low, logs.high)), logs.p, logs.n)
+            change, low, high = (self.scale * float(np.expm1(v)) for v in (logs.difference, logs.low, logs.high))
+            effect = Estimate(change, low, high, logs.p, logs.n)
         else:
             effect = paired_difference(self.scale * mine, self.scale * theirs)
         others = {
-            arm: {"config": dict(config), "last.test_accuracy": [float(v) for v in finals.loc[arm]["last.test_accuracy"]]}
+            arm: {
+                "config": dict(config),
+                "last.test_accuracy": [float(v) for v in finals.loc[arm]["last.test_accuracy"]],
+            }
             for arm, _, config in self.arms
             if "last.test_accuracy" in finals
         }
@@ -161,7 +170,11 @@ def select(names: list[str]) -> list[Claim]:
     chosen: dict[str, Claim] = {}
     for given in names:
         key = given.lower()
-        hits = [c for c in known.values() if key in (c.id, c.slug) or key.replace("-", "_") in (c.id.replace("-", "_"), c.slug)]
+        hits = [
+            c
+            for c in known.values()
+            if key in (c.id, c.slug) or key.replace("-", "_") in (c.id.replace("-", "_"), c.slug)
+        ]
         if not hits:
             hint = suggestion(key, sorted({*known, *(c.slug for c in known.values())}))
             raise ArgumentError(f"claim = {given!r}: there is no such claim. {hint} Known: {', '.join(sorted(known))}")

@@ -6,6 +6,7 @@ Every run computes with the same number of threads wherever it is, so that its r
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 import traceback
 from collections.abc import Iterable, Iterator
@@ -79,7 +80,9 @@ def execute(job: Job) -> Outcome:
     return outcome
 
 
-def carry_out(jobs: Iterable[Job], workers: int, engine: str = "local", address: str | None = None) -> Iterator[Outcome]:
+def carry_out(
+    jobs: Iterable[Job], workers: int, engine: str = "local", address: str | None = None
+) -> Iterator[Outcome]:
     """Yield outcomes as they come. ``jobs`` is consumed lazily: a job is drawn when a worker is free to start it."""
     if engine == "local" and workers == 1:
         yield from map(execute, jobs)
@@ -109,7 +112,7 @@ def _ray(jobs: Iterable[Job], workers: int, address: str | None) -> Iterator[Out
     started = not ray.is_initialized()
     if started:
         options: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
-        ray.init(log_to_driver=False, logging_level="ERROR", **options)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     remote = ray.remote(num_cpus=1)(execute)
     source = iter(jobs)
     running = [remote.remote(job) for job in itertools.islice(source, workers)]

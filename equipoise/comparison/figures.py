@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from equipoise.comparison.result import ArmResult, Comparison
 
 ROW = 50  # pixels that a row takes: its name, an interval, and dots below it
-NARROW, WIDE = 26, 70  # letters of a name that a phone and a wide screen have room for
+NARROW, WIDE = 21, 70  # letters of a name that a phone and a wide screen have room for
 MARKS = {
     "better": "M0,-6L6,5H-6Z",
     "worse": "M0,6L6,-5H-6Z",
@@ -267,7 +267,7 @@ def cost(units: Units, arms: Sequence[ArmResult], higher: bool) -> Figure | None
     shown = [a for a in arms if good(a.flops_ratio) and good(a.mean)]
     if not any(not arm.baseline for arm in shown):
         return None
-    height = max(260, 18 * len(shown) + 40)
+    height = max(260, 22 * len(shown) + 40)
     horizontal = Axis.ratios([a.flops_ratio or 1.0 for a in shown])
     vertical = Axis.around([(a.mean or 0.0) * units.scale for a in shown], margin=0.12)
     heights = [height * (1 - vertical.at((a.mean or 0.0) * units.scale)) for a in shown]
@@ -278,11 +278,12 @@ def cost(units: Units, arms: Sequence[ArmResult], higher: bool) -> Figure | None
     ]
     parts += [line("grid", horizontal.x(t), 0, horizontal.x(t), height) for t in horizontal.ticks]
     parts += [words(f"{horizontal.text(t)}×", horizontal.x(t), height + 18, "tick", "middle") for t in horizontal.ticks]
-    for arm, y, label_y in zip(shown, heights, spread(heights, 17, height), strict=True):
-        x = horizontal.at(arm.flops_ratio or 1.0)
+    across = [horizontal.at(a.flops_ratio or 1.0) for a in shown]
+    points = list(zip(across, heights, strict=True))
+    for arm, (x, y), label_y in zip(shown, points, place(points, height), strict=True):
         side, anchor = (1, "start") if x < 0.5 else (-1, "end")
         leader = tag("path", class_="leader", d=f"M{6 * side},{y:.1f}L{16 * side},{label_y:.1f}")
-        name = label(arm.name, NARROW - 8, WIDE - 25, f"{19 * side}", round(label_y + 4, 1), "label halo", anchor)
+        name = label(arm.name, NARROW - 3, WIDE - 25, f"{19 * side}", round(label_y + 4, 1), "label halo", anchor)
         parts.append(at(f"{100 * x:.2f}%", leader, name))
     # Marks come last, so that no label's halo covers one.
     parts += [at(horizontal.x(a.flops_ratio or 1.0), mark(kind_of(a), y)) for a, y in zip(shown, heights, strict=True)]
@@ -300,17 +301,16 @@ def cost(units: Units, arms: Sequence[ArmResult], higher: bool) -> Figure | None
     return Figure("cost-figure", "Quality against cost", note, [Panel("", svg)], header, rows)
 
 
-def spread(wanted: Sequence[float], gap: float, height: float) -> list[float]:
-    """Positions near the wanted ones, at least ``gap`` apart and inside [gap / 2, height - gap / 2] where they fit."""
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+def place(points: Sequence[tuple[float, float]], height: float, gap: float = 17) -> list[float]:
+    """For marks at (x in [0, 1], y), where to put each one's label: near it, off other labels and off other marks."""
     placed: list[float] = []
-    for i in order:
-        placed.append(max(wanted[i], placed[-1] + gap if placed else gap / 2))
-    limit = height - gap / 2
-    for k in range(len(placed) - 1, -1, -1):
-        placed[k] = limit = min(placed[k], limit)
-        limit -= gap
-    return [y for _, y in sorted(zip(order, placed, strict=True))]
+    for x, y in points:
+        # A label lies to the right of a mark in the left half, and to the left of one in the right half.
+        marks = [v for u, v in points if (u - x) * (0.5 - x) > 0 and abs(u - x) > 0.02]
+        nearest = sorted((gap / 2 + k for k in range(int(height - gap))), key=lambda v, y=y: abs(v - y))  # type: ignore[misc]
+        free = [v for v in nearest if all(abs(v - other) >= gap for other in placed)] or nearest
+        placed.append(next((v for v in free if all(abs(v - other) >= 12 for other in marks)), free[0]))
+    return placed
 
 
 # -- learning curves ----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ Every run is a row of the store: a comparison that was stopped continues where i
 
 from __future__ import annotations
 
+import contextlib
 import math
 import platform
 import sys
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from equipoise import catalogue
 from equipoise.comparison.engine import ENGINES, Job, Outcome, carry_out
 from equipoise.comparison.store import Store
-from equipoise.errors import ArgumentError, check_choice, check_integer
+from equipoise.errors import ArgumentError, StoreError, check_choice, check_integer
 
 if TYPE_CHECKING:
     from equipoise.comparison.result import Comparison
@@ -96,6 +97,17 @@ def draw(space: Space, count: int, seed: int = 0) -> list[dict[str, Any]]:
     return [{name: space[name].at(float(u)) for name, u in zip(space, row, strict=True)} for row in points]
 
 
+def _task(task: Task | str, settings: Mapping[str, Any] | None) -> Task:
+    if isinstance(task, str):
+        made: Task = catalogue.find("task", task).load().make(**(settings or {}))
+        return made
+    if settings:
+        raise ArgumentError(
+            f"settings = {dict(settings)!r}: are for a task given by its slug; set them on the task itself"
+        )
+    return task
+
+
 def compare(
     task: Task | str,
     methods: Sequence[type[Method] | str | Arm] | None = None,
@@ -129,35 +141,32 @@ def compare(
     check_integer("jobs", jobs, 1)
     check_integer("threads", threads, 1)
     check_choice("engine", engine, ENGINES)
-    if isinstance(task, str):
-        task = catalogue.find("task", task).load().make(**(settings or {}))
-    elif settings:
-        raise ArgumentError(f"settings = {dict(settings)!r}: are for a task given by its slug; set them on the task itself")
-    arms = _arms(task, methods)
-    remarks = task.check()
-    folder = Path(out) if out is not None else Path("equipoise-results") / task.name
+    problem = _task(task, settings)
+    arms = _arms(problem, methods)
+    remarks = problem.check()
+    folder = Path(out) if out is not None else Path("equipoise-results") / problem.name
     with Store(folder / "store.sqlite") as store:
         rounds = TIMING_ROUNDS if measure_time else 0
-        trial = _Trial(task, store, seeds, configs, tuning_seeds, threads, rounds, progress or (lambda _: None))
+        trial = _Trial(problem, store, seeds, configs, tuning_seeds, threads, rounds, progress or (lambda _: None))
         if retry_failed:
             store.retry_failed()
         run = _Runner(trial, jobs, engine, address)
         run.go(arms)
         plan = {
-            "task": task.name,
-            "summary": type(task).__doc__.split("\n")[0] if type(task).__doc__ else "",
-            "settings": task.settings(),
-            "fingerprint": task.fingerprint(),
-            "metric": task.metric,
-            "higher_is_better": task.higher_is_better,
-            "percent": task.percent,
-            "resampled": task.resampled,
+            "task": problem.name,
+            "summary": (type(problem).__doc__ or "").split("\n")[0],
+            "settings": problem.settings(),
+            "fingerprint": problem.fingerprint(),
+            "metric": problem.metric,
+            "higher_is_better": problem.higher_is_better,
+            "percent": problem.percent,
+            "resampled": problem.resampled,
             "seeds": list(range(seeds)),
             "configs": configs,
             "tuning_seeds": tuning_seeds,
             "threads": threads,
             "remarks": remarks,
-            "sanity": [list(check) for check in task.sanity(0)],
+            "sanity": [list(check) for check in problem.sanity(0)],
             "versions": versions(),
             "command": command or "",
             "arms": [trial.describe(arm) for arm in run.arms],
@@ -197,7 +206,9 @@ def _arms(task: Task, methods: Sequence[type[Method] | str | Arm] | None) -> lis
     names = [arm.name for arm in given]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ArgumentError(f"methods = {names}: holds {', '.join(twice)} more than once; give each arm a name of its own")
+        raise ArgumentError(
+            f"methods = {names}: holds {', '.join(twice)} more than once; give each arm a name of its own"
+        )
     if len(given) < 2:
         raise ArgumentError(f"methods = {names}: must hold at least one method beside the baseline")
     return given
@@ -257,9 +268,15 @@ class _Trial:
         for config, keys in self.tuning(arm):
             rows = [self.store.row(key) for key in keys]
             good = [row for row in rows if row.status == "done"]
-            values = [row.metrics["metrics"][row.metrics["counted"]][f"validation_{self.task.metric}"] for row in good]
+            values = [
+                m["metrics"][m["counted"]][f"validation_{self.task.metric}"] for row in good if (m := row.metrics)
+            ]
             score = sum(values) / len(values) if len(values) == len(rows) and all(map(math.isfinite, values)) else None
-            status = "done" if score is not None else next((row.error or "" for row in rows if row.status == "failed"), "failed")
+            status = (
+                "done"
+                if score is not None
+                else next((row.error or "" for row in rows if row.status == "failed"), "failed")
+            )
             found.append({"config": config, "score": score, "status": status.split("\n")[0]})
         return found
 
@@ -275,7 +292,12 @@ class _Trial:
         """The arm as the plan keeps it, with the keys of its rows."""
         best = self.best(arm)
         space = {} if arm.config is not None else arm.space(self.task)
-        rows: dict[str, list[str]] = {"tune": [key for _, keys in self.tuning(arm) for key in keys], "final": [], "cost": [], "time": []}
+        rows: dict[str, list[str]] = {
+            "tune": [key for _, keys in self.tuning(arm) for key in keys],
+            "final": [],
+            "cost": [],
+            "time": [],
+        }
         if best is not None:
             rows["final"] = [self.add(arm, "final", best, seed) for seed in self.seeds]
             rows["cost"] = [self.add(arm, "cost", best, 0)]
@@ -333,7 +355,10 @@ class _Runner:
         for arm in arms:
             best = trial.best(arm)
             if best is not None:
-                keys += [trial.add(arm, "cost", best, 0), *(trial.add(arm, "final", best, seed) for seed in trial.seeds)]
+                keys += [
+                    trial.add(arm, "cost", best, 0),
+                    *(trial.add(arm, "final", best, seed) for seed in trial.seeds),
+                ]
         self._work(keys, "final runs")
 
     def _flops(self, arm: Arm) -> float | None:
@@ -375,7 +400,9 @@ class _Runner:
         self._report(len(finished), text)
         waiting = [key for key in waiting if key not in finished]
         while waiting:
-            for outcome in carry_out(self._claim(waiting), workers or self.jobs, self.engine if not workers else "local", self.address):
+            for outcome in carry_out(
+                self._claim(waiting), workers or self.jobs, self.engine if not workers else "local", self.address
+            ):
                 self._write(outcome)
                 self._report(1, text)
             before = len(waiting)
@@ -403,7 +430,10 @@ class _Runner:
 
     def _heartbeat(self, stop: threading.Event) -> None:
         while not stop.wait(20):
-            self.store.heartbeat()
+            with contextlib.suppress(
+                StoreError
+            ):  # one missed beat does no harm; a store that is gone stops the runs themselves
+                self.store.heartbeat()
 
 
 def command_line() -> str:

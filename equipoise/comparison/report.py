@@ -8,6 +8,7 @@ own: names and paths come from users. What it shows stands in four files: this o
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import math
@@ -110,7 +111,7 @@ def headline(comparison: Comparison) -> tuple[str, list[str]]:
         start = {"better": f"{arms[0].name} beats", "worse": f"{arms[0].name} does worse than"}
         title = f"{start.get(str(arms[0].verdict), f'No difference seen between {arms[0].name} and')} {baseline}"
     elif not judged:
-        title = f"No verdict on {_count(n)} {'method' if n == 1 else 'methods'}: runs failed"
+        title = f"No verdict on {arms[0].name if n == 1 else f'{_count(n)} methods'}: runs failed"
     elif winners:
         share = f"all {_count(n)}" if len(winners) == n else f"{_count(len(winners))} of {_count(n)}"
         title = f"{share.capitalize()} methods {'beats' if len(winners) == 1 else 'beat'} {baseline}"
@@ -119,7 +120,7 @@ def headline(comparison: Comparison) -> tuple[str, list[str]]:
     lines = [_win(arm, units) for arm in winners[:NAMED]]
     if len(winners) > NAMED:
         others = [arm.name for arm in winners[NAMED:]]
-        lines.append(f"{_list(others)} also {'beats' if len(others) == 1 else 'beat'} it, by less.")
+        lines.append(f"It is also beaten, by less, by {_list(others)}.")
     same, worse, failed = (groups[verdict] for verdict in ("no difference seen", "worse", None))
     if n == 1 and same:
         low, high = units.difference(arms[0].low), units.difference(arms[0].high)
@@ -130,7 +131,7 @@ def headline(comparison: Comparison) -> tuple[str, list[str]]:
         )
     else:
         lines += [f"No difference was seen for {_list(same)}."] if same else []
-        lines += [f"{_list(worse)} {'does' if len(worse) == 1 else 'do'} worse."] if worse else []
+        lines += [f"Worse than it: {_list(worse)}."] if worse else []
     lines += [f"No verdict on {_list(failed)}: runs failed."] if failed and judged else []
     return title, lines
 
@@ -146,8 +147,10 @@ def _win(arm: ArmResult, units: Units) -> str:
     return text
 
 
-def _effect(difference: float | None, low: float | None, high: float | None, units: Units) -> str:
-    return f"{units.difference(difference)}{units.points} [{units.interval(low, high)}]"
+def _effect(difference: float | None, low: float | None, high: float | None, units: Units, unit: str | None = None) -> str:
+    if not good(difference):
+        return "–"
+    return f"{units.difference(difference)}{units.points if unit is None else unit} [{units.value(low)}, {units.value(high)}]"
 
 
 def _cost(arm: ArmResult) -> str:
@@ -162,6 +165,8 @@ def _count(n: int) -> str:
 
 
 def _list(names: Sequence[str]) -> str:
+    if len(names) > NAMED + 1:
+        return f"{_count(len(names))} methods"
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
@@ -174,13 +179,11 @@ def terminal_table(comparison: Comparison, width: int = 80) -> RichTable:
 
     units, wide = Units.of(comparison), width >= 110
     styles = {"better": "bold green", "worse": "bold red"}
-    table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+    table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
     table.add_column("arm", overflow="fold", min_width=12)
     table.add_column("verdict", no_wrap=True)
     table.add_column(units.label.replace(" (%)", "\n(%)"), justify="right", no_wrap=True)
-    unit = "\n(points)" if units.percent else ""
-    table.add_column(f"difference{unit}", justify="right", no_wrap=True)
-    table.add_column("95 %\ninterval", justify="right", no_wrap=True)
+    table.add_column(f"difference{units.percent * ', points'}\n[95 % interval]", justify="right", no_wrap=True)
     if wide:
         table.add_column("Holm p", justify="right", no_wrap=True)
     table.add_column("train\ncompute", justify="right", no_wrap=True)
@@ -190,11 +193,10 @@ def terminal_table(comparison: Comparison, width: int = 80) -> RichTable:
     for arm in ranked(comparison, comparison.arms):
         verdict = "baseline" if arm.baseline else arm.verdict or "no verdict"
         cells: list[str | Text] = [
-            Text(arm.name, style="bold" if arm.verdict == "better" else ""),
+            Text(figures.short(arm.name, 70 if wide else 40), style="bold" if arm.verdict == "better" else ""),
             Text(verdict, style=styles.get(verdict, "dim")),
             units.value(arm.mean),
-            "" if arm.baseline else units.difference(arm.difference),
-            "" if arm.baseline else units.interval(arm.low, arm.high),
+            "" if arm.baseline else _effect(arm.difference, arm.low, arm.high, units, ""),
             *([p_value(arm.p)] if wide else []),
             ratio(arm.flops_ratio),
         ]
@@ -305,6 +307,10 @@ def _hash(content: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
 
 
+def _name(arm: ArmResult) -> Cell:
+    return Cell(arm.name, arm.name.lower(), "long" if len(arm.name) > 30 else "")
+
+
 def _leaderboard(comparison: Comparison, units: Units, order: list[ArmResult]) -> Table:
     columns = [
         "Arm",
@@ -312,7 +318,7 @@ def _leaderboard(comparison: Comparison, units: Units, order: list[ArmResult]) -
         f"Mean {units.label}",
         "IQM",
         "SD",
-        f"Difference{units.points and ' (points)'}",
+        f"Difference{units.percent * ' (points)'}",
         "95 % interval",
     ]
     columns += ["Holm p", "Train compute", "Step time", "Peak memory", "Inference parameters"]
@@ -322,7 +328,7 @@ def _leaderboard(comparison: Comparison, units: Units, order: list[ArmResult]) -
     for arm in order:
         verdict = "baseline" if arm.baseline else arm.verdict or "no verdict"
         row = [
-            Cell(arm.name, arm.name.lower()),
+            _name(arm),
             Cell(verdict, ORDER.get(arm.verdict, 3) + 0.5 * arm.baseline, f"verdict {figures.kind_of(arm)}"),
             Cell(units.value(arm.mean), arm.mean, "number strong"),
             Cell(units.value(arm.iqm), arm.iqm, "number"),
@@ -355,7 +361,7 @@ def _tuning(arm: ArmResult, units: Units, higher: bool) -> Table | None:
             Cell(setting(v := entry["config"].get(key, "–")), v if _is_number(v) else str(v), "number") for key in names
         ]
         rows.append(
-            [Cell(str(i + 1), i + 1), Cell(units.value(score), score, "number strong"), Cell(status, status), *cells]
+            [Cell(str(i + 1), i + 1, "rank"), Cell(units.value(score), score, "number strong"), Cell(status, status), *cells]
         )
     caption = f"{arm.name}: configurations tried, by validation {units.label}"
     return Table(
@@ -371,7 +377,7 @@ def _values(comparison: Comparison, units: Units) -> Table:
         values: list[float | None] = [*arm.values, *[None] * (len(comparison.seeds) - len(arm.values))]
         cells = [Cell("failed" if arm.values and not good(v) else units.value(v), v, "number") for v in values]
         summary = [Cell(units.value(v), v, "number strong") for v in (arm.mean, arm.sd)]
-        rows.append([Cell(arm.name, arm.name.lower()), *cells, *summary])
+        rows.append([_name(arm), *cells, *summary])
     return Table(f"Test {units.label} of every final run", columns, rows)
 
 
@@ -385,7 +391,7 @@ def _others(comparison: Comparison) -> Table | None:
     for arm in arms:
         means = arm.metrics.mean(numeric_only=True)
         found = [float(means[name]) if name in means else None for name in names]
-        rows.append([Cell(arm.name, arm.name.lower()), *(Cell(number(v, 4), v, "number") for v in found)])
+        rows.append([_name(arm), *(Cell(number(v, 4), v, "number") for v in found)])
     return Table(
         "Means over the seeds, at the epoch that counts", ["Arm", *(name.replace("_", " ") for name in names)], rows
     )
@@ -449,7 +455,7 @@ def write_all(comparison: Comparison, folder: str | Path) -> list[Path]:
 def _storable(frame: DataFrame) -> DataFrame:
     """Parquet wants one type a column: lists and mixed columns become text."""
     frame = frame.copy()
-    for name in frame.select_dtypes(object).columns:
+    for name in [column for column in frame.columns if frame[column].dtype == "object"]:
         found = [v for v in frame[name] if v is not None and v == v]
         kinds = {type(v) for v in found}
         if kinds & {dict, list, tuple} or len(kinds) > 1:
@@ -468,7 +474,8 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         write(part)
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder itself may be missing
+            part.unlink(missing_ok=True)
         raise StoreError(
             f"{str(path)!r} cannot be written ({error.strerror or error}). The runs are kept: "
             "make room or choose a folder that can be written, and run `equipoise report`"

@@ -81,11 +81,15 @@ class Comparison:
         folder = Path(folder)
         path = folder / "store.sqlite"
         if not path.exists():
-            raise StoreError(f"folder = {str(folder)!r}: holds no store.sqlite; give the folder of a comparison (its --out)")
+            raise StoreError(
+                f"folder = {str(folder)!r}: holds no store.sqlite; give the folder of a comparison (its --out)"
+            )
         with Store(path) as store:
             plan = store.latest_plan()
             if plan is None:
-                raise StoreError(f"folder = {str(folder)!r}: its comparison has not finished; run the same `equipoise compare` again")
+                raise StoreError(
+                    f"folder = {str(folder)!r}: its comparison has not finished; run the same `equipoise compare` again"
+                )
             keys = [key for arm in plan["arms"] for group in arm["rows"].values() for key in group]
             rows = {row.key: row for row in store.rows(keys=keys)}
         return _build(cls, plan, rows, folder)
@@ -103,7 +107,9 @@ class Comparison:
         """One row an arm: what ``to_json`` gives, without lists."""
         import pandas as pd
 
-        return pd.DataFrame([{k: v for k, v in arm.items() if k not in ("values", "config")} for arm in self.to_json()["arms"]])
+        return pd.DataFrame(
+            [{k: v for k, v in arm.items() if k not in ("values", "config")} for arm in self.to_json()["arms"]]
+        )
 
     def runs(self) -> DataFrame:
         """One row a run of any kind: arm, kind, seed, status, seconds, configuration, metrics, cost."""
@@ -112,11 +118,19 @@ class Comparison:
         names = {a.name for a in self.arms}
         with Store(self.store) as store:
             plan = store.latest_plan() or {"arms": []}
-            keys = [key for arm in plan["arms"] if arm["name"] in names for group in arm["rows"].values() for key in group]
+            keys = [
+                key for arm in plan["arms"] if arm["name"] in names for group in arm["rows"].values() for key in group
+            ]
             rows = store.rows(keys=keys)
         records = []
         for row in rows:
-            record: dict[str, Any] = {"arm": row.arm, "kind": row.kind, "seed": row.seed, "status": row.status, "seconds": row.seconds}
+            record: dict[str, Any] = {
+                "arm": row.arm,
+                "kind": row.kind,
+                "seed": row.seed,
+                "status": row.status,
+                "seconds": row.seconds,
+            }
             record |= {f"config.{key}": value for key, value in (row.config or {}).items()}
             metrics = row.metrics or {}
             for which, values in metrics.get("metrics", {}).items():
@@ -151,7 +165,7 @@ class Comparison:
             "warnings": self.warnings,
             "arms": [{key: arm[key] for key in keys} for arm in arms],
         }
-        return _plain(document)  # type: ignore[no-any-return]
+        return _plain(document)
 
 
 def _shallow(record: Any) -> dict[str, Any]:
@@ -193,12 +207,16 @@ def _build(cls: type[Comparison], plan: dict[str, Any], rows: dict[str, Row], fo
         verdict = sentence = None
         if found is not None:
             verdict = statistics.verdict(found, adjusted[name], higher)
-            sentence = statistics.sentence(name, baseline["name"], found, verdict, metric, p_holm=adjusted[name], percent=percent)
+            sentence = statistics.sentence(
+                name, baseline["name"], found, verdict, metric, p_holm=adjusted[name], percent=percent
+            )
         elif arm["config"] is None:
             why = next((entry["status"] for entry in arm["tuning"] if entry["score"] is None), "")
             sentence = f"{name}: no configuration could be trained. {why}"
         elif not arm["baseline"]:
-            sentence = f"{name}: no verdict, {len(mine) - len(good)} of {len(mine)} final runs failed, or the baseline's did"
+            sentence = (
+                f"{name}: no verdict, {len(mine) - len(good)} of {len(mine)} final runs failed, or the baseline's did"
+            )
         reference = values[baseline["name"]]
         results.append(
             ArmResult(
@@ -264,7 +282,7 @@ def _correction(plan: dict[str, Any], rows: dict[str, Row], baseline: dict[str, 
     """n_test / n_train where seeds re-split one data set (Nadeau and Bengio), else 0."""
     if not plan["resampled"]:
         return 0.0
-    sizes = next((rows[k].metrics["sizes"] for k in baseline["rows"]["final"] if rows[k].metrics), None)
+    sizes = next((found["sizes"] for k in baseline["rows"]["final"] if (found := rows[k].metrics)), None)
     return sizes["test"] / sizes["train"] if sizes else 0.0
 
 
@@ -295,8 +313,11 @@ def _curves(rows: dict[str, Row], arm: dict[str, Any]) -> DataFrame:
 def _metrics(rows: dict[str, Row], arm: dict[str, Any]) -> DataFrame:
     import pandas as pd
 
-    done = [rows[key] for key in arm["rows"]["final"] if rows[key].metrics]
-    return pd.DataFrame([{"seed": r.seed, **r.metrics["metrics"][r.metrics["counted"]]} for r in done])
+    records = []
+    for key in arm["rows"]["final"]:
+        if found := rows[key].metrics:
+            records.append({"seed": rows[key].seed, **found["metrics"][found["counted"]]})
+    return pd.DataFrame(records)
 
 
 def _matched(
@@ -335,7 +356,11 @@ def _checks(plan: dict[str, Any], rows: dict[str, Row], arms: list[ArmResult]) -
     failed = [f"{arm.name}: {arm.failed}" for arm in arms if arm.failed]
     mixed = {str(sorted((row.versions or {}).items())) for row in rows.values()}
     return [
-        ("every arm trained", not idle, f"not better than chance: {', '.join(idle)}" if idle else "all are better than chance"),
+        (
+            "every arm trained",
+            not idle,
+            f"not better than chance: {', '.join(idle)}" if idle else "all are better than chance",
+        ),
         (
             "no best setting on the edge of its space",
             not edges,
@@ -345,6 +370,8 @@ def _checks(plan: dict[str, Any], rows: dict[str, Row], arms: list[ArmResult]) -
         (
             "one version of everything",
             len(mixed) <= 1,
-            "runs of this store come from different versions or machines" if len(mixed) > 1 else "all runs share versions and machine",
+            "runs of this store come from different versions or machines"
+            if len(mixed) > 1
+            else "all runs share versions and machine",
         ),
     ]

@@ -2,9 +2,9 @@
 
 from equipoise.data import corruptions
 from equipoise.data.embedded import available, load
-from equipoise.data.mnist1d import mnist1d
 from equipoise.data.raw import RawData
 from equipoise.data.splits import Splits, leakage, split
+from equipoise.data.synthetic import mnist1d
 from equipoise.data.user import fingerprint, read
 
 __all__ = [

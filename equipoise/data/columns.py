@@ -31,12 +31,12 @@ def _text(value: object) -> str:
 
 
 def rows(mask: pd.Series | np.ndarray) -> str:
-    """``row 3`` or ``rows 3, 7, 9 and 12 more``: where a mask is true, counted from 1, a header left out."""
+    """``data row 3`` or ``data rows 3, 7, 9 and 12 more``: where a mask is true, counted from 1, a header left out."""
     found = np.flatnonzero(np.asarray(mask)) + 1
     if len(found) == 1:
-        return f"row {found[0]}"
+        return f"data row {found[0]}"
     more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    return f"rows {', '.join(map(str, found[:5]))}{more}"
+    return f"data rows {', '.join(map(str, found[:5]))}{more}"
 
 
 def stray_text(column: pd.Series) -> np.ndarray:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from equipoise.data import idx
-from equipoise.data.mnist1d import mnist1d
 from equipoise.data.raw import RawData
+from equipoise.data.synthetic import mnist1d
 from equipoise.errors import DataError, MissingDependencyError, check_choice, refuse
 
 DESCRIPTIONS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,12 @@ def read_table(path: Path, target: str | None, group: tuple[str, ...]) -> Found:
             frame = pd.read_parquet(path)
         else:
             frame = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", low_memory=False)
-    except (ValueError, OSError, EOFError) as error:  # pandas' and Arrow's errors of parsing are ValueErrors
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        zlib.error,
+    ) as error:  # pandas' and Arrow's errors of parsing are ValueErrors
         raise DataError(f"{path}: cannot be read as a table ({str(error).strip()})") from error
     frame = frame.reset_index(drop=True)
     names = [str(name) for name in frame.columns]
@@ -69,9 +75,12 @@ def read_npz(path: Path, target: str | None, group: tuple[str, ...]) -> Found:
     Inputs (N,) and (N, S) are a table; (N, H, W), (N, C, H, W) and (N, H, W, C) are images. uint8 images are divided by 255.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array")
+        with loaded as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = "it holds Python objects" if "pickle" in str(error).lower() else str(error)
         raise DataError(
             f"{path}: cannot be read ({reason}). Save plain arrays: numpy.savez(path, X=..., y=...)"
@@ -89,7 +98,7 @@ def read_npz(path: Path, target: str | None, group: tuple[str, ...]) -> Found:
     labels = pd.Series(arrays[label], name=label)
     if inputs.dtype.kind not in "fiub":
         raise DataError(f"{path}: inputs are {inputs.dtype}: must be numbers")
-    finite = np.isfinite(inputs).reshape(len(inputs), -1).all(1)
+    finite = np.isfinite(inputs).all(axis=tuple(range(1, inputs.ndim)))
     if not finite.all():
         raise DataError(f"{path}: inputs are NaN or infinite in {rows(~finite)}. Correct or remove these rows")
     if inputs.ndim < 3:
@@ -110,7 +119,8 @@ def read_folder(path: Path, image_size: tuple[int, int] | None, like: Tensor | N
     empty = [name for name, found in files.items() if not found]
     if empty:
         raise DataError(f"{path}: folder {empty[0]!r} holds no images ({', '.join(IMAGES)}). Add images, or remove it")
-    pictures = [(file, *_picture(file, image_size)) for found in files.values() for file in found]
+    wanted = None if like is None else ("L" if like.shape[1] == 1 else "RGB")
+    pictures = [(file, *_picture(file, image_size, wanted)) for found in files.values() for file in found]
     first, size = pictures[0][0], pictures[0][1].shape[:2] if like is None else tuple(like.shape[2:])
     for file, picture, _ in pictures:
         if picture.shape[:2] != size:
@@ -119,7 +129,7 @@ def read_folder(path: Path, image_size: tuple[int, int] | None, like: Tensor | N
                 f"{file} is {picture.shape[0]}x{picture.shape[1]} pixels, but {there} {size[0]}x{size[1]}. "
                 "Resize them, or give image_size=(height, width)"
             )
-    grey = all(grey for _, _, grey in pictures) if like is None else like.shape[1] == 1
+    grey = all(grey for _, _, grey in pictures)
     # The three channels of a grey picture are equal.
     stacked = np.stack([picture[:, :, :1] if grey else picture for _, picture, _ in pictures])
     inputs = torch.from_numpy(stacked.transpose(0, 3, 1, 2).astype(np.float32)) / 255
@@ -128,19 +138,19 @@ def read_folder(path: Path, image_size: tuple[int, int] | None, like: Tensor | N
     )
 
 
-def _picture(file: Path, image_size: tuple[int, int] | None) -> tuple[np.ndarray, bool]:
-    """Pixels (H, W, 3) uint8, and whether the file is a grey one."""
+def _picture(file: Path, image_size: tuple[int, int] | None, mode: str | None) -> tuple[np.ndarray, bool]:
+    """Pixels (H, W, 3) uint8, and whether they are grey: as in the file, or as ``mode`` ("L", "RGB") says."""
     from PIL import Image
 
     try:
         with Image.open(file) as image:
             if image.mode.startswith(("I", "F")):
                 raise DataError(f"{file}: has {image.mode} pixels: must have 8 bits a channel. Convert it")
-            grey = image.mode in GREY_MODES
-            picture = image.convert("L").convert("RGB") if grey else image.convert("RGB")
+            mode = mode or ("L" if image.mode in GREY_MODES else "RGB")
+            picture = image.convert(mode).convert("RGB")
             if image_size is not None:
                 picture = picture.resize(image_size[::-1], Image.Resampling.BILINEAR)
-            return np.asarray(picture), grey
+            return np.asarray(picture), mode == "L"
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{file}: cannot be read as an image ({error}). Repair or remove it") from error
 

@@ -112,11 +112,12 @@ def _stratified_order(classes: np.ndarray, rng: np.random.Generator) -> np.ndarr
     Systematic sampling: the shuffled members of a class are spread evenly over [0, 1) from a random start.
     """
     order = rng.permutation(len(classes))
-    key = np.empty(len(classes))
-    for c in np.unique(classes):
-        members = order[classes[order] == c]
-        key[members] = (np.arange(len(members)) + rng.random()) / len(members)
-    return np.argsort(key, kind="stable")
+    order = order[np.argsort(classes[order], kind="stable")]
+    counts = np.bincount(classes)
+    rank = np.arange(len(order)) - (np.cumsum(counts) - counts)[classes[order]]
+    start = rng.random(len(counts))
+    key = (rank + start[classes[order]]) / counts[classes[order]]
+    return order[np.argsort(key, kind="stable")]
 
 
 def _check_classes(raw: RawData, train_rows: Tensor, train_examples: int | None) -> None:

@@ -72,7 +72,7 @@ def _read(
     group: tuple[str, ...],
     kind: str,
     size: tuple[int, int] | None,
-    stamps: tuple[tuple[int, int, int], ...],
+    stamps: tuple[str, ...],
 ) -> RawData:
     """Read once per process, however many seeds a trial has; ``stamps`` tell when a file has changed."""
     path, where = paths[0], str(paths[0])
@@ -91,7 +91,9 @@ def _read(
 
 def _test(found: Found, train: RawData, where: str) -> RawData:
     if found.kind != train.kind:
-        raise DataError(f"{where}: holds a {found.kind} where the training data are a {train.kind}: give the same form")
+        raise DataError(
+            f"{where}: is of the kind {found.kind!r}, but the training data are of the kind {train.kind!r}. Give the same form"
+        )
     if not len(found.labels):
         raise DataError(f"{where}: has no examples to test on")
     targets = label_column.encode_test(found.labels, train.class_names, where)
@@ -99,7 +101,6 @@ def _test(found: Found, train: RawData, where: str) -> RawData:
         if found.inputs.shape[1:] != train.inputs.shape[1:]:
             shapes = tuple(found.inputs.shape[1:]), tuple(train.inputs.shape[1:])
             raise DataError(f"{where}: an input has the shape {shapes[0]}, but {shapes[1]} in the training data")
-        inputs: object = found.inputs
         return RawData(train.name, train.kind, found.inputs, targets, train.class_names, found.groups)
     assert not isinstance(found.inputs, Tensor) and not isinstance(train.inputs, Tensor)  # both are tables
     inputs = clean(found.inputs, where, train.inputs)
@@ -139,10 +140,11 @@ def _files(root: Path) -> Iterator[Path]:
             yield file
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
-    """Newest change, size and number of files."""
-    stats = [file.stat() for file in ([path] if path.is_file() else _files(path))]
-    return max((s.st_mtime_ns for s in stats), default=0), sum(s.st_size for s in stats), len(stats)
+def _stamp(path: Path) -> str:
+    """Changes when a file is changed, added, removed or renamed."""
+    files = [path] if path.is_file() else _files(path)
+    seen = [(str(file), (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files]
+    return hashlib.sha256(repr(seen).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> hashlib._Hash:

@@ -78,7 +78,9 @@ PSKD = (
 )
 ELR_SOURCE = "Liu et al., NeurIPS 2020, Tab. 1 (CIFAR-10, symmetric 40 %: 81.88 to 89.15)"
 NESTED_SOURCE = "Chen et al., TNNLS 2022 (Clothing1M: 67.2 to 73.1)"
-PSKD_SOURCE = "Kim et al., ICCV 2021 (CIFAR-100, PreAct ResNet-18: NLL 1.10 to 0.76, ECE 11.84 to 1.77, error 24.18 to 20.82)"
+PSKD_SOURCE = (
+    "Kim et al., ICCV 2021 (CIFAR-100, PreAct ResNet-18: NLL 1.10 to 0.76, ECE 11.84 to 1.77, error 24.18 to 20.82)"
+)
 
 CLAIMS = [
     Claim(

@@ -446,7 +446,7 @@ class NestedDropoutMethod(Method):
         "https://arxiv.org/abs/2206.13140",
     )
     space: ClassVar[Space] = {"sigma": LogUniform(3, 250)}
-    neutral: ClassVar[Mapping[str, Any] | None] = {"dropout": 0.0}
+    neutral: ClassVar[Mapping[str, Any] | None] = {"sigma": SIGMA, "mu": MU, "dropout": 0.0}
 
     truncation: Truncation
 
@@ -495,10 +495,9 @@ class CoTeaching(Method):
     peer: a ready second network (a copy of it is trained); by default one like the model with fresh weights, see ``make_peer``.
 
     The loss of the run is the sum of both networks' losses; evaluation uses the mean of their logits. A gradient clipped by
-    norm is clipped over both. Of a very small batch every part keeps
-    two rows. At the neutral setting the
-    first network, ``networks[0]``, is the baseline; a second one is still trained beside it. In a step of stage two other
-    methods see what the first network trains on.
+    norm is clipped over both. Very small batches are not split, and at least two rows of a part are kept. At the neutral
+    setting the first network, ``networks[0]``, is the baseline, with a second one beside it. In stage two other methods of the
+    run see the rows that the first network trains on.
     """
 
     name = "co-teaching"
@@ -511,6 +510,8 @@ class CoTeaching(Method):
     space: ClassVar[Space] = {"forget_rate": Uniform(0.05, 0.5), "sigma": LogUniform(3, 250)}
     neutral: ClassVar[Mapping[str, Any] | None] = {
         "forget_rate": 0.0,
+        "sigma": SIGMA,
+        "mu": MU,
         "dropout": 0.0,
         "pretrain_epochs": 0,
         "split_batch": False,

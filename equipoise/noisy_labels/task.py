@@ -39,7 +39,13 @@ class NoisyLabels(SupervisedTask):
 
     name: ClassVar[str] = "noisy-labels"
     baseline: ClassVar[str] = "cross-entropy"
-    methods: ClassVar[tuple[str, ...]] = ("elr", "nested-dropout", "ps-kd", "label-smoothing", "generalized-cross-entropy")
+    methods: ClassVar[tuple[str, ...]] = (
+        "elr",
+        "nested-dropout",
+        "ps-kd",
+        "label-smoothing",
+        "generalized-cross-entropy",
+    )
 
     dataset: str = "digits"
     noise: str | None = None
@@ -73,7 +79,9 @@ class NoisyLabels(SupervisedTask):
             raise ArgumentError(f"data = {raw.name!r}: has a continuous target; noisy-labels needs classes")
         super().check()
         if self.data is not None and self.test_data is None:
-            return ["The test labels come from your own data and may be as noisy as the rest: the estimates are on noisy labels."]
+            return [
+                "The test labels come from your own data and may be as noisy as the rest: the estimates are on noisy labels."
+            ]
         return []
 
     def fingerprint(self) -> dict[str, Any]:
@@ -86,6 +94,7 @@ class NoisyLabels(SupervisedTask):
         # One stream for each split, so that the training noise does not depend on the size of the validation set.
         noisy_train = self._corrupt(parts.train, seed, 1)
         noisy_validation = parts.validation if self.clean_validation else self._corrupt(parts.validation, seed, 2)
+        assert parts.num_classes is not None  # check refuses a continuous target
         extra = {"clean": parts.train.targets, "corrupted": noisy_train.targets != parts.train.targets}
         return Problem(noisy_train, noisy_validation, parts.test, parts.input_shape, parts.num_classes, extra)
 
@@ -116,5 +125,3 @@ class NoisyLabels(SupervisedTask):
         else:
             noisy = labels
         return Examples(examples.inputs, noisy, num_classes=classes)
-
-

@@ -92,10 +92,8 @@ class Run:
         self.methods = list(methods)
         self.accelerator = _accelerator(accelerator)
         self.device = torch.device(self.accelerator.device)
-        if self.device.type == "cpu":
-            self.device = torch.device(
-                "cpu"
-            )  # without the index that accelerate may give it: no tensor's device has one
+        if self.device.type == "cpu":  # accelerate may add an index, and then no tensor's device would equal it
+            self.device = torch.device("cpu")
         self.seed, self.stage, self.epoch, self.global_step, self.position = seed, 0, 0, 0, 0
         self.generator = torch.Generator().manual_seed(_seed(seed, "run"))
         self.task_loss: LossFunction = F.cross_entropy if loss is None else loss

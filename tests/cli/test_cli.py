@@ -22,10 +22,11 @@ QUICK = ["--epochs", "2", "--train-examples", "150", "--seeds", "2", "--configs"
 def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     """Run the command in this process and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["equipoise", *words])
-    with pytest.raises(SystemExit) as stop:
+    try:
         main()
-        sys.exit(0)
-    return int(stop.value.code or 0)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -36,7 +37,9 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return error
 
 
-def test_compare_prints_json_and_writes_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_prints_json_and_writes_the_report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call(monkeypatch, "compare", "noisy-labels", "--methods", "elr", *QUICK, "--json", "--out", "out") == 0
     document = json.loads(capsys.readouterr().out)
     keys = {"task", "settings", "metric", "higher_is_better", "seeds", "configs", "store", "report", "arms"}
@@ -170,7 +173,20 @@ def _run(*words: str, **options: object) -> subprocess.Popen[str]:
 
 
 def test_ctrl_c_prints_the_command_that_resumes(tmp_path: Path) -> None:
-    words = ["compare", "noisy-labels", "--methods", "elr", "--jobs", "2", "--epochs", "20", "--out", "out", "--seeds", "30"]
+    words = [
+        "compare",
+        "noisy-labels",
+        "--methods",
+        "elr",
+        "--jobs",
+        "2",
+        "--epochs",
+        "20",
+        "--out",
+        "out",
+        "--seeds",
+        "30",
+    ]
     process = _run(*words, start_new_session=True)
     store = tmp_path / "out" / "store.sqlite"
     deadline = time.time() + 60

@@ -110,7 +110,9 @@ def _child(out: Path, log: Path) -> None:
 
 
 def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
-    undisturbed = compare(Toy(log=str(tmp_path / "log"), pause=0.002), [Good, Dear], seeds=3, configs=4, out=tmp_path / "whole")
+    undisturbed = compare(
+        Toy(log=str(tmp_path / "log"), pause=0.002), [Good, Dear], seeds=3, configs=4, out=tmp_path / "whole"
+    )
     generator = random.Random(0)
     finished = 0
     for _ in range(20):
@@ -123,7 +125,9 @@ def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
             finished += 1
         child.join()
     assert finished < 20
-    resumed = compare(Toy(log=str(tmp_path / "log"), pause=0.002), [Good, Dear], seeds=3, configs=4, out=tmp_path / "killed")
+    resumed = compare(
+        Toy(log=str(tmp_path / "log"), pause=0.002), [Good, Dear], seeds=3, configs=4, out=tmp_path / "killed"
+    )
     assert figures(resumed) == figures(undisturbed)
 
 
@@ -137,14 +141,18 @@ def test_two_processes_share_a_store(tmp_path: Path) -> None:
         assert child.exitcode == 0
     lines = log.read_text().splitlines()
     assert len(lines) == len(set(lines)), "a row ran twice"
-    alone = compare(Toy(log=str(tmp_path / "other"), pause=0.002), [Good, Dear], seeds=3, configs=4, out=tmp_path / "alone")
+    alone = compare(
+        Toy(log=str(tmp_path / "other"), pause=0.002), [Good, Dear], seeds=3, configs=4, out=tmp_path / "alone"
+    )
     together = Comparison.load(tmp_path / "shared")
     assert [arm.values for arm in together.arms] == [arm.values for arm in alone.arms]
 
 
 def _real(out: Path, **options: Any) -> Comparison:
     settings = {"epochs": 2, "train_examples": 200}
-    return compare("noisy-labels", ["elr"], settings=settings, seeds=2, configs=2, out=out, measure_time=False, **options)
+    return compare(
+        "noisy-labels", ["elr"], settings=settings, seeds=2, configs=2, out=out, measure_time=False, **options
+    )
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,9 +20,18 @@ pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-default-apps --disable-extensions"
-).split()
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-default-apps",
+    "--disable-extensions",
+)
 BOXES = """return [...document.querySelectorAll("svg[role=img], img, canvas")].filter(e => !e.closest("details:not([open])"))
     .map(e => [e.getAttribute("aria-label").slice(0, 60), e.getBoundingClientRect().width, e.getBoundingClientRect().height])"""
 # Text that sticks out of the window on the right or the left, outside containers that scroll.
@@ -147,7 +155,8 @@ def test_tab_reaches_the_skip_link_the_contents_and_the_table(browser: Any, repo
 
 def test_dark_mode_reaches_page_and_figures(browser: Any, reports: dict[str, str]) -> None:
     colours = """const style = (q, p) => getComputedStyle(document.querySelector(q))[p];
-        return [style("body", "backgroundColor"), style("body", "color"), style("#forest text.name", "fill"), style("#forest .halo", "stroke")]"""
+        return [style("body", "backgroundColor"), style("body", "color"),
+            style("#forest text.name", "fill"), style("#forest .halo", "stroke")]"""
     show(browser, reports["usual"])
     light = browser.execute_script(colours)
     show(browser, reports["usual"], dark=True)

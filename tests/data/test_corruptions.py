@@ -177,7 +177,8 @@ def test_tail_of_unequal_classes_never_invents_examples() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "name"), [({"ratio": 0.5}, "ratio"), ({"kind": "linear"}, "kind"), ({"labels": torch.ones(3)}, "labels")]
+    ("arguments", "name"),
+    [({"ratio": 0.5}, "ratio"), ({"kind": "linear"}, "kind"), ({"labels": torch.ones(3)}, "labels")],
 )
 def test_tail_refuses_bad_arguments(arguments: dict[str, object], name: str) -> None:
     given = {"labels": torch.tensor([0, 1]), "ratio": 10, "generator": seeded(), **arguments}

@@ -17,7 +17,9 @@ def images(n: int = 200, classes: int = 4, test: int | None = None) -> RawData:
     rng = torch.Generator().manual_seed(n)
     names = tuple("abcdefghij"[:classes])
     official = images(test, classes) if test else None
-    return RawData("toy", "image", torch.rand(n, 3, 4, 4, generator=rng), torch.arange(n) % classes, names, test=official)
+    return RawData(
+        "toy", "image", torch.rand(n, 3, 4, 4, generator=rng), torch.arange(n) % classes, names, test=official
+    )
 
 
 def table(frame: pd.DataFrame, targets: Tensor | None = None) -> RawData:
@@ -39,10 +41,10 @@ def test_parts_are_disjoint_and_complete() -> None:
 
 
 def test_a_seed_gives_one_split_and_touches_no_global_state() -> None:
-    raw, state = images(), np.random.get_state()[1].sum()  # noqa: NPY002
+    raw, state = images(), np.random.get_state(legacy=False)["state"]["key"].sum()  # noqa: NPY002
     assert torch.equal(split(raw, 7).train_rows, split(raw, 7).train_rows)
     assert not torch.equal(split(raw, 7).train_rows, split(raw, 8).train_rows)
-    assert np.random.get_state()[1].sum() == state  # noqa: NPY002
+    assert np.random.get_state(legacy=False)["state"]["key"].sum() == state  # noqa: NPY002
     assert len({tuple(split(raw, s).test_rows.tolist()) for s in range(20)}) == 20
 
 
@@ -111,7 +113,11 @@ def test_regression_has_no_classes() -> None:
 def test_standardise_uses_training_rows() -> None:
     raw = images()
     parts = split(raw, 0, standardise=True)
-    assert isinstance(parts.train.inputs, Tensor) and isinstance(parts.test.inputs, Tensor) and isinstance(raw.inputs, Tensor)
+    assert (
+        isinstance(parts.train.inputs, Tensor)
+        and isinstance(parts.test.inputs, Tensor)
+        and isinstance(raw.inputs, Tensor)
+    )
     assert parts.train.inputs.mean((0, 2, 3)).abs().max() < 1e-5
     assert (parts.train.inputs.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-5
     train = raw.inputs[parts.train_rows]
@@ -208,5 +214,5 @@ def test_leakage_counts_test_rows_seen_before() -> None:
     raw.test.inputs[:3] = raw.inputs[[5, 50, 50]]
     assert leakage(split(raw, 0)) == 3
     zeros = RawData("z", "image", torch.zeros(20, 1, 1, 1), torch.arange(20) % 2, ("a", "b"))
-    zeros.inputs[::2] = -0.0  # type: ignore[index]
+    zeros.inputs[::2] = -0.0
     assert leakage(split(zeros, 0)) == 4

@@ -154,7 +154,18 @@ def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.mark.parametrize(
     "factory",
-    ["keywords", "keyword_only", "positions", "one_default", "nothing", "only_defaults", "anything", "Net", "Zoo.small", "partial"],
+    [
+        "keywords",
+        "keyword_only",
+        "positions",
+        "one_default",
+        "nothing",
+        "only_defaults",
+        "anything",
+        "Net",
+        "Zoo.small",
+        "partial",
+    ],
 )
 def test_factories(nets: str, factory: str) -> None:
     path, state = list(sys.path), torch.random.get_rng_state()
