@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ROW = 50  # pixels that a row takes: its name, an interval, and dots below it
 NARROW, WIDE = 21, 70  # letters of a name that a phone and a wide screen have room for
+CROWD = 10  # so many arms can all be named beside their marks
 MARKS = {
     "better": "M0,-6L6,5H-6Z",
     "worse": "M0,6L6,-5H-6Z",
@@ -264,52 +265,59 @@ def tuning(units: Units, arms: Sequence[ArmResult]) -> Figure | None:
 # -- quality against cost -----------------------------------------------------------------------------------------------
 def cost(units: Units, arms: Sequence[ArmResult], higher: bool) -> Figure | None:
     """The mean of the metric against the multiple of the baseline's training FLOPs."""
-    shown = [a for a in arms if good(a.flops_ratio) and good(a.mean)]
-    if not any(not arm.baseline for arm in shown):
+    found = [(a, a.flops_ratio, a.mean * units.scale) for a in arms if good(a.flops_ratio) and good(a.mean)]
+    if all(arm.baseline for arm, _, _ in found):
         return None
-    height = max(260, 22 * len(shown) + 40)
-    horizontal = Axis.ratios([a.flops_ratio or 1.0 for a in shown])
-    vertical = Axis.around([(a.mean or 0.0) * units.scale for a in shown], margin=0.12)
-    heights = [height * (1 - vertical.at((a.mean or 0.0) * units.scale)) for a in shown]
-    parts = [line("grid", "0%", y, "100%", y) for y in (height * (1 - vertical.at(t)) for t in vertical.ticks)]
-    parts += [
-        at("0%", words(vertical.text(t), "-8", height * (1 - vertical.at(t)) + 4, "tick", "end"))
-        for t in vertical.ticks
-    ]
+    # Where it gets crowded, only what differs from the baseline is named.
+    named = [i for i, (arm, _, _) in enumerate(found) if len(found) <= CROWD or kind_of(arm) != "none"]
+    height = max(260, 18 * len(named) + 40)
+    horizontal = Axis.ratios([x for _, x, _ in found])
+    vertical = Axis.around([y for _, _, y in found], margin=0.12)
+    points = [(horizontal.at(x), height * (1 - vertical.at(y))) for _, x, y in found]
+    parts = level(vertical, height, -8)
     parts += [line("grid", horizontal.x(t), 0, horizontal.x(t), height) for t in horizontal.ticks]
     parts += [words(f"{horizontal.text(t)}×", horizontal.x(t), height + 18, "tick", "middle") for t in horizontal.ticks]
-    across = [horizontal.at(a.flops_ratio or 1.0) for a in shown]
-    points = list(zip(across, heights, strict=True))
-    for arm, (x, y), label_y in zip(shown, points, place(points, height), strict=True):
-        side, anchor = (1, "start") if x < 0.5 else (-1, "end")
+    for i, label_y in place(points, named, height).items():
+        (x, y), side = points[i], 1 if points[i][0] < 0.5 else -1
         leader = tag("path", class_="leader", d=f"M{6 * side},{y:.1f}L{16 * side},{label_y:.1f}")
-        name = label(arm.name, NARROW - 3, WIDE - 25, f"{19 * side}", round(label_y + 4, 1), "label halo", anchor)
+        anchor, down = "start" if side > 0 else "end", round(label_y + 4, 1)
+        name = label(found[i][0].name, NARROW - 3, WIDE - 25, f"{19 * side}", down, "label halo", anchor)
         parts.append(at(f"{100 * x:.2f}%", leader, name))
     # Marks come last, so that no label's halo covers one.
-    parts += [at(horizontal.x(a.flops_ratio or 1.0), mark(kind_of(a), y)) for a, y in zip(shown, heights, strict=True)]
-    rows = [[a.name, ratio(a.flops_ratio), units.value(a.mean), units.value(a.sd)] for a in shown]
+    parts += [at(f"{100 * x:.2f}%", mark(kind_of(a), y)) for (a, _, _), (x, y) in zip(found, points, strict=True)]
+    rows = [[a.name, ratio(x), units.value(a.mean), units.value(a.sd)] for a, x, _ in found]
     title = f"Mean {units.label} against training compute. " + "; ".join(f"{r[0]}: {r[2]} at {r[1]}" for r in rows)
-    missing = [a.name for a in arms if a not in shown]
+    missing = [arm.name for arm in arms if not (good(arm.flops_ratio) and good(arm.mean))]
     note = (
         f"Mean test {units.label} against training compute (FLOPs) as a multiple of the baseline's"
-        + (", on a logarithmic scale. " if horizontal.log else ". ")
-        + f"{'Up' if higher else 'Down'} and left is better value. "
-        + (f"Not shown, for want of a cost or a result: {', '.join(missing)}." if missing else "")
+        f"{', on a logarithmic scale' * horizontal.log}. {'Up' if higher else 'Down'} and left is better value."
+        + " Arms without a difference are not named in the drawing." * (len(named) < len(found))
+        + f" Not shown, for want of a cost or a result: {', '.join(missing)}." * bool(missing)
     )
     svg = drawing(title, height + 24, *parts, class_="plot axis")
     header = ["Arm", "Training compute", f"Mean {units.label}", "Standard deviation over seeds"]
     return Figure("cost-figure", "Quality against cost", note, [Panel("", svg)], header, rows)
 
 
-def place(points: Sequence[tuple[float, float]], height: float, gap: float = 17) -> list[float]:
-    """For marks at (x in [0, 1], y), where to put each one's label: near it, off other labels and off other marks."""
-    placed: list[float] = []
-    for x, y in points:
+def level(axis: Axis, height: float, x: float) -> list[Markup]:
+    """Horizontal grid lines with their numbers at ``x`` pixels."""
+    down = [(t, height * (1 - axis.at(t))) for t in axis.ticks]
+    numbers = [at("0%", words(axis.text(t), f"{x:g}", y + 4, "tick", "end")) for t, y in down]
+    return [line("grid", "0%", y, "100%", y) for _, y in down] + numbers
+
+
+def place(
+    points: Sequence[tuple[float, float]], named: Iterable[int], height: float, gap: float = 17
+) -> dict[int, float]:
+    """For marks at (x in [0, 1], y), where labels of some go: near their mark, off other labels and off other marks."""
+    placed: dict[int, float] = {}
+    for i in named:
+        x, y = points[i]
         # A label lies to the right of a mark in the left half, and to the left of one in the right half.
         marks = [v for u, v in points if (u - x) * (0.5 - x) > 0 and abs(u - x) > 0.02]
-        nearest = sorted((gap / 2 + k for k in range(int(height - gap))), key=lambda v, y=y: abs(v - y))  # type: ignore[misc]
-        free = [v for v in nearest if all(abs(v - other) >= gap for other in placed)] or nearest
-        placed.append(next((v for v in free if all(abs(v - other) >= 12 for other in marks)), free[0]))
+        nearest = sorted((abs(gap / 2 + k - y), gap / 2 + k) for k in range(int(height - gap)))
+        free = [v for _, v in nearest if all(abs(v - other) >= gap for other in placed.values())] or [y]
+        placed[i] = next((v for v in free if all(abs(v - other) >= 12 for other in marks)), free[0])
     return placed
 
 
@@ -348,8 +356,8 @@ def curve(arms: Sequence[ArmResult], column: str, scale: float, decimals: int, h
         best = max(points, key=lambda p: p[1] if higher else -p[1])
         ends = [f"{number(p[1], decimals)} in epoch {p[0] + 1}" for p in (points[0], points[-1], best)]
         name = f"{arm.name}: {title} from {ends[0]} to {ends[1]}; {'highest' if higher else 'lowest'} {ends[2]}"
-        reference = [] if arm.baseline else [trace("reference", baseline, 1, start, last, vertical)]
-        panels.append(Panel(arm.name, panel(name, points, reference, vertical, start, last)))
+        reference = [] if arm.baseline else baseline
+        panels.append(Panel(short(arm.name, 44), panel(name, points, reference, vertical, start, last)))
         means = {epoch: mean for epoch, mean, _, _ in points}
         rows.append([arm.name, *(number(means.get(epoch), decimals) for epoch in marks)])
     note = (
@@ -370,29 +378,22 @@ def band(frame: DataFrame, column: str, scale: float) -> list[tuple[int, float, 
     ]
 
 
-def panel(name: str, points: list[Any], reference: list[Markup], vertical: Axis, start: int, last: int) -> Markup:
+def panel(name: str, points: list[Any], reference: list[Any], vertical: Axis, start: int, last: int) -> Markup:
     height = 120
-    down = [height * (1 - vertical.at(t)) for t in vertical.ticks]
-    parts = [line("grid", "0%", y, "100%", y) for y in down]
-    parts += [
-        at("0%", words(vertical.text(t), "-6", y + 4, "tick", "end")) for t, y in zip(vertical.ticks, down, strict=True)
-    ]
-    parts += [
+
+    def path(class_: str, values: list[tuple[int, float]], end: str = "") -> Markup:
+        d = f"M{outline(values, start, last, vertical)}{end}"
+        return tag("path", class_=class_, d=d, vector_effect="non-scaling-stroke")
+
+    area = [*((epoch, high) for epoch, _, _, high in points), *((epoch, low) for epoch, _, low, _ in reversed(points))]
+    drawn = [path("band", area, "Z"), *([path("reference", [p[:2] for p in reference])] if reference else [])]
+    drawn.append(path("curve", [p[:2] for p in points]))
+    box = tag("svg", *drawn, viewBox="0 0 1000 1000", preserveAspectRatio="none", width="100%", height=f"{height}")
+    ends = (
         words(f"{start + 1}", "0%", height + 15, "tick"),
         words(f"epoch {last + 1}", "100%", height + 15, "tick", "end"),
-    ]
-    area = [*((p[0], p[3]) for p in points), *((p[0], p[2]) for p in reversed(points))]
-    shape = tag("path", class_="band", d=f"M{outline(area, start, last, vertical)}Z")
-    drawn = [shape, *reference, trace("curve", points, 1, start, last, vertical)]
-    parts.append(
-        tag("svg", *drawn, viewBox="0 0 1000 1000", preserveAspectRatio="none", width="100%", height=f"{height}")
     )
-    return drawing(name, height + 20, *parts, class_="plot panel-plot")
-
-
-def trace(class_: str, points: Sequence[Any], index: int, start: int, last: int, vertical: Axis) -> Markup:
-    d = "M" + outline([(p[0], p[index]) for p in points], start, last, vertical) if points else "M0,0"
-    return tag("path", class_=class_, d=d, vector_effect="non-scaling-stroke")
+    return drawing(name, height + 20, *level(vertical, height, -6), *ends, box, class_="plot panel-plot")
 
 
 def outline(points: Sequence[tuple[int, float]], start: int, last: int, vertical: Axis) -> str:

@@ -147,7 +147,9 @@ def _win(arm: ArmResult, units: Units) -> str:
     return text
 
 
-def _effect(difference: float | None, low: float | None, high: float | None, units: Units, unit: str | None = None) -> str:
+def _effect(
+    difference: float | None, low: float | None, high: float | None, units: Units, unit: str | None = None
+) -> str:
     if not good(difference):
         return "–"
     return f"{units.difference(difference)}{units.points if unit is None else unit} [{units.value(low)}, {units.value(high)}]"
@@ -361,7 +363,12 @@ def _tuning(arm: ArmResult, units: Units, higher: bool) -> Table | None:
             Cell(setting(v := entry["config"].get(key, "–")), v if _is_number(v) else str(v), "number") for key in names
         ]
         rows.append(
-            [Cell(str(i + 1), i + 1, "rank"), Cell(units.value(score), score, "number strong"), Cell(status, status), *cells]
+            [
+                Cell(str(i + 1), i + 1, "rank"),
+                Cell(units.value(score), score, "number strong"),
+                Cell(status, status),
+                *cells,
+            ]
         )
     caption = f"{arm.name}: configurations tried, by validation {units.label}"
     return Table(

@@ -19,7 +19,12 @@ def is_number(column: pd.Series) -> bool:
 def as_text(column: pd.Series) -> pd.Series:
     """Every value as a string (object dtype), None where it is missing; 1, 1.0 and "1" are spelt alike."""
     present = column.notna().to_numpy()
-    codes, values = pd.factorize(column.astype(object).where(present, None))
+    try:
+        codes, values = pd.factorize(column.astype(object).where(present, None))
+    except TypeError as error:
+        raise DataError(
+            f"column {column.name!r}: holds lists or other compound values: must be numbers or text"
+        ) from error
     texts = np.array([*map(_text, values), None], dtype=object)  # code -1 (missing) picks the last
     return pd.Series(texts[codes], index=column.index, name=column.name, dtype=object)
 
@@ -75,7 +80,7 @@ def _clean(column: pd.Series, where: str, number: bool | None) -> pd.Series:
         )
     present = column.dropna()
     if column.dtype == object:
-        odd = present.map(lambda value: not isinstance(value, str | Number | Decimal)).to_numpy(dtype=bool)
+        odd = present.map(lambda value: not isinstance(value, str | Number | Decimal | np.generic)).to_numpy(dtype=bool)
         if odd.any():
             value = present[odd].iloc[0]
             raise DataError(

@@ -121,7 +121,10 @@ class NoisyLabels(SupervisedTask):
         elif self.noise == "pair":
             noisy = corruptions.pair_noise(labels, self.rate, classes, generator)
         elif self.noise == "instance":
-            noisy = corruptions.instance_noise(labels, examples.inputs, self.rate, classes, generator)
+            # One projection a seed: training and validation labels come from the same annotators.
+            shared = torch.Generator().manual_seed(seed * 1_000)
+            projection = corruptions.instance_projection(examples.inputs[0].numel(), classes, shared)
+            noisy = corruptions.instance_noise(labels, examples.inputs, self.rate, classes, generator, projection=projection)
         else:
             noisy = labels
         return Examples(examples.inputs, noisy, num_classes=classes)

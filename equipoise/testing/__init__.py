@@ -1,8 +1,8 @@
 """The conformance kit: checks for methods and parts, ours and everyone's. Needs no test framework.
 
-    from equipoise.testing import check_method
+from equipoise.testing import check_method
 
-    print(check_method(MyMethod))
+print(check_method(MyMethod))
 """
 
 from equipoise.testing.distributed import check_methods_ddp, spawn

@@ -35,7 +35,10 @@ def check_trains(subject: Subject) -> None:
         if not np.isfinite(record["train_loss"]):
             fail(f"the loss of epoch {record['epoch']} is {record['train_loss']}", "Keep every term finite")
     if difference(spy.steps[0], spy.steps[-1]) is None and not spy.replaced:
-        fail("the model's weights are those from before training", "A method must let the model learn, or replace its weights")
+        fail(
+            "the model's weights are those from before training",
+            "A method must let the model learn, or replace its weights",
+        )
 
 
 def check_global_state(subject: Subject) -> None:
@@ -56,7 +59,10 @@ def check_determinism(subject: Subject) -> None:
     (first, one), (second, two) = subject.train(), subject.train()
     text = _bits(first, one, second, two)
     if text:
-        fail(f"two runs with one seed differ: {text}", "Draw from run.new_generator(self) only; sort what comes from sets")
+        fail(
+            f"two runs with one seed differ: {text}",
+            "Draw from run.new_generator(self) only; sort what comes from sets",
+        )
 
 
 # -- leaving the rest alone -------------------------------------------------------------------------------------------
@@ -106,7 +112,10 @@ def check_modes(subject: Subject) -> None:
     if "modes" in seen:
         fail(seen["modes"], "Restore it in a finally block, or use a context manager (torch.no_grad(), run.predict)")
     if hooks:
-        fail(f"{', '.join(hooks)} carry hooks after the run", "Remove in finish what prepare registered (handle.remove())")
+        fail(
+            f"{', '.join(hooks)} carry hooks after the run",
+            "Remove in finish what prepare registered (handle.remove())",
+        )
 
 
 # -- being the baseline at strength 0 ---------------------------------------------------------------------------------
@@ -151,7 +160,9 @@ def check_evaluation(subject: Subject) -> None:
                 run.predict(problem.validation)
                 text = difference(before, snapshot([run.model.state_dict(), run.methods[0].state_dict()]))
                 if text:
-                    fail(f"run.predict changes the state: {text}", "Update state in training mode only (module.training)")
+                    fail(
+                        f"run.predict changes the state: {text}", "Update state in training mode only (module.training)"
+                    )
         model = run.finish()
         wanted = tuple(run.forward(_inputs(problem.validation), problem.network().to(run.device)).prediction.shape)
         for name, network in (("model", model), ("inference_model", run.inference_model)):
@@ -162,7 +173,10 @@ def check_evaluation(subject: Subject) -> None:
                     f"After finish it must predict finite values of shape {wanted}",
                 )
             if difference(one, two):
-                fail(f"run.{name} predicts differently twice", "In evaluation mode draw no random numbers, write no state")
+                fail(
+                    f"run.{name} predicts differently twice",
+                    "In evaluation mode draw no random numbers, write no state",
+                )
 
 
 def check_state(subject: Subject) -> None:
@@ -175,7 +189,10 @@ def check_state(subject: Subject) -> None:
         checkpoints.save({"state": state}, folder)
         loaded = checkpoints.load(folder)["state"]
         if text := difference(state, loaded):
-            fail(f"a checkpoint changes the state: {text}", "Keep tensors, numbers, strings, None, lists and dicts of these")
+            fail(
+                f"a checkpoint changes the state: {text}",
+                "Keep tensors, numbers, strings, None, lists and dicts of these",
+            )
         other = subject.begin(seed=subject.problem.seed + 1)
         other.methods[0].load_state_dict(loaded)
         if text := difference(state, snapshot(other.methods[0].state_dict())):
@@ -183,7 +200,10 @@ def check_state(subject: Subject) -> None:
         for _ in one_epoch(other):
             pass
         if text := difference(state, loaded):
-            fail(f"training writes into the loaded state: {text}", "Copy what is loaded: self.table.copy_(state['table'])")
+            fail(
+                f"training writes into the loaded state: {text}",
+                "Copy what is loaded: self.table.copy_(state['table'])",
+            )
 
 
 def check_resume(subject: Subject) -> None:
@@ -312,11 +332,14 @@ def check_dict_inputs(subject: Subject) -> None:
         skip(f"the method refuses them: {error}")
     text = difference(list(one.model.values()), list(two.model.values()), TOLERANCE)
     if text:
-        fail(f"the run differs from one with the tensor alone: {text}", "Treat every entry of a dict as the tensor (map_inputs)")
+        fail(
+            f"the run differs from one with the tensor alone: {text}",
+            "Treat every entry of a dict as the tensor (map_inputs)",
+        )
 
 
 def check_compile(subject: Subject) -> None:
-    """A compiled model (backend aot_eager) trains to the weights of the plain one."""
+    """A compiled model (backend aot_eager) trains to the weights of the plain one, also after one without the method."""
 
     def compiled() -> nn.Module:
         network = problem.network()
@@ -325,10 +348,13 @@ def check_compile(subject: Subject) -> None:
 
     problem = subject.problem.double()
     _, one = subject.train(problem)
+    replace(problem, network=compiled).train([Spy()])
     _, two = subject.train(replace(problem, network=compiled))
     text = difference(one.model, two.model, TOLERANCE)
     if text:
-        fail(f"compiling the model changes the run: {text}", "Change the model in prepare, before its first forward pass")
+        fail(
+            f"compiling the model changes the run: {text}", "Change the model in prepare, before its first forward pass"
+        )
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
@@ -459,7 +485,9 @@ def _inputs(examples: Any) -> Any:
 def _finite(spy: Spy, when: str) -> None:
     for name, tensor in spy.model.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            fail(f"{when} the weights {name} are not finite", "Guard divisions, logarithms and means of empty selections")
+            fail(
+                f"{when} the weights {name} are not finite", "Guard divisions, logarithms and means of empty selections"
+            )
 
 
 def _first_loss(subject: Subject, problem: Any = None, **options: Any) -> float:

@@ -29,7 +29,9 @@ def difference(a: Any, b: Any, tolerance: float | None = None, where: str = "") 
         return _tensors(a, b, tolerance, where)
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         if a.keys() != b.keys():
-            return f"{where or 'state'} has the keys {sorted(map(str, a))} in one and {sorted(map(str, b))} in the other"
+            return (
+                f"{where or 'state'} has the keys {sorted(map(str, a))} in one and {sorted(map(str, b))} in the other"
+            )
         found = (difference(a[key], b[key], tolerance, f"{where}[{key!r}]" if where else str(key)) for key in a)
         return next((text for text in found if text), None)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):

@@ -30,7 +30,9 @@ def check_summary(subject: Subject) -> None:
     """The class docstring begins with a summary of one line."""
     text = inspect.cleandoc(vars(subject.method).get("__doc__") or "")
     if not text.strip():
-        fail("the class has no docstring", "Its first line is what `equipoise methods` prints: say what the method does")
+        fail(
+            "the class has no docstring", "Its first line is what `equipoise methods` prints: say what the method does"
+        )
     first, *rest = text.split("\n")
     if len(first) > 120 or (rest and rest[0].strip()):
         fail(f"the docstring begins with {first!r}", "Begin with one line of at most 120 characters, then a blank line")
@@ -42,7 +44,10 @@ def check_paper(subject: Subject) -> None:
     if paper is None:
         return
     if not isinstance(paper, Paper):
-        fail(f"paper is a {type(paper).__name__}", "Write paper = Paper(title, authors, venue, url), or None for folklore")
+        fail(
+            f"paper is a {type(paper).__name__}",
+            "Write paper = Paper(title, authors, venue, url), or None for folklore",
+        )
     for name in ("title", "authors", "venue"):
         if not str(getattr(paper, name)).strip():
             fail(f"paper.{name} is empty", "Cite the paper completely")
@@ -102,7 +107,10 @@ def check_space(subject: Subject) -> None:
     space = subject.method.space
     for key, dimension in space.items():
         if key not in arguments:
-            fail(f"space has {key!r}", f"Its keys must be constructor arguments: {', '.join(arguments) or 'there are none'}")
+            fail(
+                f"space has {key!r}",
+                f"Its keys must be constructor arguments: {', '.join(arguments) or 'there are none'}",
+            )
         if not isinstance(dimension, Uniform | LogUniform | Integer | Choice):
             fail(
                 f"space[{key!r}] is a {type(dimension).__name__}",

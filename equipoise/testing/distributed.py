@@ -32,6 +32,7 @@ DDP_CHECKS = {
     "ddp-ranks": "Both processes end with the same weights, buffers and state of the method.",
     "ddp-equals-one": "Two processes end with the weights, the state and the losses of one process on the same global batches.",
 }
+START_TIMEOUT = 120  # seconds for the imports of new processes, on a busy machine
 Entry = type[Method] | tuple[Any, ...]
 
 
@@ -137,14 +138,12 @@ def _compare(subject: Subject, ranks: list[Any], skips: Mapping[str, str]) -> Re
     return report
 
 
-def spawn(
-    function: Callable[[], Iterable[Any]], *, processes: int = 2, timeout: float = 120
-) -> list[list[Any]]:
+def spawn(function: Callable[[], Iterable[Any]], *, processes: int = 2, timeout: float = 120) -> list[list[Any]]:
     """Run ``function`` in new processes that form a gloo group, and return what it yields, in a list for each process.
 
     function: without arguments; sent by value. It yields tensors, numbers, strings, and lists and dicts of these.
     An exception ends its process, and stands in the list as ``{"error": ..., "trace": ...}``. Processes that are not done
-    after ``timeout`` seconds are killed; what they had yielded is returned.
+    ``timeout`` seconds after all have started are killed; what they had yielded is returned.
     """
     from joblib import wrap_non_picklable_objects
 
@@ -159,8 +158,11 @@ def spawn(
                     command = [sys.executable, "-c", f"from equipoise.testing.distributed import work; work({name!r})"]
                     environment = _environment(rank, processes, port)
                     children.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-            deadline = time.monotonic() + timeout
+            deadline = time.monotonic() + START_TIMEOUT
+            started = False
             while any(child.poll() is None for child in children) and time.monotonic() < deadline:
+                if not started and all((folder / f"started-{rank}").exists() for rank in range(processes)):
+                    started, deadline = True, time.monotonic() + timeout
                 time.sleep(0.02)
         finally:
             for child in children:
@@ -170,7 +172,7 @@ def spawn(
         for rank in range(processes):
             files = sorted(folder.glob(f"result-{rank}-*.pt"))
             results.append([torch.load(path, weights_only=True) for path in files])
-        if not (folder / "started").exists():
+        if not (folder / "started-0").exists():
             log_text = (folder / "log-0").read_text(errors="replace").strip()
             raise EquipoiseError(f"processes = {processes}: could not be started. {log_text[-2000:]}")
         return results
@@ -181,7 +183,7 @@ def work(name: str) -> None:
     torch.set_num_threads(1)
     folder, rank = Path(name), int(os.environ["RANK"])
     function = pickle.loads((folder / "function").read_bytes())
-    (folder / "started").touch()
+    (folder / f"started-{rank}").touch()
     count = 0
 
     def put(result: Any) -> None:

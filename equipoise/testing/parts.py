@@ -48,7 +48,7 @@ REGULARIZER_CHECKS = {
 }
 LAYER_CHECKS = {
     "arguments-unchanged": LOSS_CHECKS["arguments-unchanged"],
-    "shape": "The output has the shape announced, for a batch of one too.",
+    "shape": "The output has the shape announced; in evaluation mode for a batch of one too.",
     "gradient": "Derivatives by inputs and parameters equal numerical ones in float64, in evaluation mode (gradcheck).",
     "evaluation": "In evaluation mode the output is the same twice, and no buffer changes; every submodule follows the mode.",
     "state-dict": "A fresh layer with the state loaded gives the same output.",
@@ -165,7 +165,9 @@ class _Part(_Checked):
         before = snapshot(given)
         self.call(given)
         if text := difference(before, given):
-            fail(f"the call changes argument {text}", "Work on copies; in-place operations belong on tensors of your own")
+            fail(
+                f"the call changes argument {text}", "Work on copies; in-place operations belong on tensors of your own"
+            )
 
     def reduction(self) -> None:
         if not self.reduces:
@@ -176,7 +178,10 @@ class _Part(_Checked):
             fail(f'"none" gives shape {tuple(none.shape)}', f"It must give one value per row, ({rows},)")
         for name, seen, wanted in (("mean", mean, none.mean()), ("sum", total, none.sum())):
             if seen.ndim or difference(seen, wanted, 1e-9):
-                fail(f'"{name}" gives {seen.tolist()}, and the {name} of "none" is {float(wanted)}', "Reduce in one place")
+                fail(
+                    f'"{name}" gives {seen.tolist()}, and the {name} of "none" is {float(wanted)}',
+                    "Reduce in one place",
+                )
 
     def rows(self) -> None:
         given = self.given(torch.float64)
@@ -212,10 +217,16 @@ class _Part(_Checked):
         for dtype in (torch.float32, torch.float64):
             result = self.call(self.given(dtype), None, dtype)
             if result.dtype != dtype or result.device != self.given()[0].device:
-                fail(f"{dtype} arguments give {result.dtype} on {result.device}", "Make tensors with dtype and device of the input's")
+                fail(
+                    f"{dtype} arguments give {result.dtype} on {result.device}",
+                    "Make tensors with dtype and device of the input's",
+                )
             values[dtype] = result.detach().double()
         if text := difference(values[torch.float32], values[torch.float64], 1e-4):
-            fail(f"float32 and float64 disagree: {text}", "Use log_softmax, log1p, expm1, logsumexp instead of their parts")
+            fail(
+                f"float32 and float64 disagree: {text}",
+                "Use log_softmax, log1p, expm1, logsumexp instead of their parts",
+            )
 
     def bf16(self) -> None:
         # Both from values that bfloat16 holds exactly, so that only the computation is compared.
@@ -255,7 +266,9 @@ class _Part(_Checked):
                 seen = f"raises {type(error).__name__}: {error}"
             else:
                 seen = "is accepted"
-            fail(f"argument {i} with a row less {seen}", "Compare shapes first, and raise equipoise.errors.ArgumentError")
+            fail(
+                f"argument {i} with a row less {seen}", "Compare shapes first, and raise equipoise.errors.ArgumentError"
+            )
 
 
 class _Layer(_Checked):
@@ -274,13 +287,12 @@ class _Layer(_Checked):
             fail(f"the call changes argument {text}", "Work on a copy")
 
     def shape(self) -> None:
-        for rows in (None, 1):
-            for training in (True, False):
-                given = [a[:rows] if isinstance(a, Tensor) and a.ndim else a for a in self.given()]
-                wanted = tuple(given[0].shape) if self.wanted is None else (len(given[0]), *self.wanted)
-                result = self.make().train(training)(*given)
-                if tuple(result.shape) != wanted:
-                    fail(f"input {tuple(given[0].shape)} gives {tuple(result.shape)}", f"It must give {wanted}")
+        for rows, training in ((None, True), (None, False), (1, False)):
+            given = [a[:rows] if isinstance(a, Tensor) and a.ndim else a for a in self.given()]
+            wanted = tuple(given[0].shape) if self.wanted is None else (len(given[0]), *self.wanted)
+            result = self.make().train(training)(*given)
+            if tuple(result.shape) != wanted:
+                fail(f"input {tuple(given[0].shape)} gives {tuple(result.shape)}", f"It must give {wanted}")
 
     def gradient(self) -> None:
         layer = self.make().double().eval()
@@ -321,7 +333,10 @@ class _Layer(_Checked):
         second = self.make()
         second.load_state_dict(snapshot(dict(first.state_dict())))
         if text := difference(first.eval()(*self.given()), second.eval()(*self.given())):
-            fail(f"after load_state_dict the output differs: {text}", "Keep everything that matters in parameters and buffers")
+            fail(
+                f"after load_state_dict the output differs: {text}",
+                "Keep everything that matters in parameters and buffers",
+            )
 
     def deepcopy(self) -> None:
         layer = self.make().eval()
@@ -337,7 +352,10 @@ class _Layer(_Checked):
         for dtype in (torch.float64, torch.bfloat16):
             result = self.make().to(dtype)(*self.given(dtype))
             if result.dtype != dtype or not bool(torch.isfinite(result).all()):
-                fail(f"a {dtype} layer gives {result.dtype}, or values that are not finite", "Make tensors in the input's dtype")
+                fail(
+                    f"a {dtype} layer gives {result.dtype}, or values that are not finite",
+                    "Make tensors in the input's dtype",
+                )
 
 
 def _floating(value: Any) -> bool:

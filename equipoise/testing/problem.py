@@ -25,7 +25,9 @@ class TinyNetwork(nn.Module):
     alone; torch's global generator is left as it was.
     """
 
-    def __init__(self, inputs: int = 6, hidden: int = 8, outputs: int = 3, *, norm: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self, inputs: int = 6, hidden: int = 8, outputs: int = 3, *, norm: bool = False, seed: int = 0
+    ) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

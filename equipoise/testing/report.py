@@ -61,7 +61,9 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.subject}: {len(self.passed)} checks passed, {len(self.skipped)} skipped, {self.seconds:.1f} s"]
         if self.passed:
-            lines.append(textwrap.fill(", ".join(self.passed), 100, initial_indent="  passed: ", subsequent_indent="    "))
+            lines.append(
+                textwrap.fill(", ".join(self.passed), 100, initial_indent="  passed: ", subsequent_indent="    ")
+            )
         for reason in dict.fromkeys(self.skipped.values()):
             names = ", ".join(name for name, why in self.skipped.items() if why == reason)
             lines.append(f"  skipped: {names} ({reason})")

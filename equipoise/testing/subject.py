@@ -36,7 +36,9 @@ class Subject:
         """A new object of the method."""
         return self.method(**{**self.settings, **changes})
 
-    def train(self, problem: TinyProblem | None = None, *, method: Method | None = None, **options: Any) -> tuple[Run, Spy]:
+    def train(
+        self, problem: TinyProblem | None = None, *, method: Method | None = None, **options: Any
+    ) -> tuple[Run, Spy]:
         """``fit`` on the problem with a ``Spy`` and the method."""
         spy = Spy()
         method = self.make() if method is None else method

@@ -145,7 +145,11 @@ def _versions(value: Any) -> dict[str, tuple[int, int]]:
     parts: dict[str, Any] = {}
     if isinstance(value, Batch):
         inputs = value.inputs
-        parts = {"batch.inputs": inputs} if isinstance(inputs, Tensor) else {f"batch.inputs[{k!r}]": v for k, v in inputs.items()}
+        parts = (
+            {"batch.inputs": inputs}
+            if isinstance(inputs, Tensor)
+            else {f"batch.inputs[{k!r}]": v for k, v in inputs.items()}
+        )
         parts |= {"batch.targets": value.targets, "batch.index": value.index}
         parts |= {f"batch.extras[{name!r}]": extra for name, extra in value.extras.items()}
     elif hasattr(value, "prediction"):

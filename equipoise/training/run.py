@@ -131,11 +131,14 @@ class Run:
         self._wrapped: dict[int, nn.Module] = {}
         self._networks: list[nn.Module] = []
         self._taps: WeakKeyDictionary[nn.Module, FeatureTap] = WeakKeyDictionary()
+        self._needs_features = any(method.needs_features for method in self.methods)
         self._preparing = True
         before = {id(p) for p in self.model.parameters()}
         for method in self._hooks["prepare"]:
             method.prepare(self)
         self._preparing = False
+        if self.methods and _is_compiled(self.model):
+            torch.compiler.reset()  # code compiled before, for a model of the same class, would pass over the methods' hooks
         self._networks.insert(0, self.model)
         self.optimizer = _optimizer(optimizer, self._networks, before)
         for method in self._hooks["configure_optimizer"]:
@@ -152,7 +155,6 @@ class Run:
         if self.accelerator.scaler is not None:
             self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
         self.optimizer.zero_grad()  # gradients that the caller or a method left behind
-        self._needs_features = any(method.needs_features for method in self.methods)
         self._look_every = 1 if self.device.type == "cpu" else CHECK_EVERY
         self._pending: list[tuple[int, int, Tensor]] = []
         self._norms: list[tuple[int, Tensor]] = []
@@ -584,6 +586,12 @@ def _accelerator(given: Accelerator | None) -> Accelerator:
             "scale the loss a second time. Use fit(accumulation=...), or scale the loss in your own loop"
         )
     return accelerator
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile(model)`` or ``model.compile()`` was called for the model or a part of it."""
+    modules = model.modules()
+    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in modules)
 
 
 def _seed(seed: int, name: str) -> int:

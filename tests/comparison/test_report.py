@@ -337,7 +337,9 @@ def test_escapes_what_users_named() -> None:
 def test_the_answer_says_who_wins_by_how_much_and_at_what_cost() -> None:
     title, lines = headline(make_comparison())
     assert title == "Four of six methods beat tuned cross-entropy"
-    assert lines[0].startswith("elr+ raises accuracy by 5.3 points (95\u00a0% interval 3.7 to 6.8) at 2.70× the training compute.")
+    assert lines[0].startswith(
+        "elr+ raises accuracy by 5.3 points (95\u00a0% interval 3.7 to 6.8) at 2.70× the training compute."
+    )
     assert "Against cross-entropy, 2.7x compute, it is still better: +3.2 points [2.4, 4.0]." in lines[0]
     assert lines[1].startswith("elr raises accuracy by 4.7 points")
     assert lines[1].endswith("at the same training compute.")
@@ -497,13 +499,13 @@ def test_axes_have_few_round_ticks_inside() -> None:
 
 def test_labels_keep_their_distance_and_stay_inside() -> None:
     points = [(0.1, 100.0), (0.1, 100.0), (0.1, 101.0), (0.3, 117.0), (0.9, 5.0), (0.9, 199.0), (0.8, 198.0)]
-    placed = place(points, 200)
+    placed = list(place(points, range(7), 200).values())
     assert min(np.diff(sorted(placed))) >= 17
     assert min(placed) >= 8.5
     assert max(placed) <= 191.5
     assert placed[0] == pytest.approx(100, abs=1)
     assert all(abs(y - 117) >= 12 for y in placed[:3])  # the mark to their right is not covered
-    assert len(place([(0.5, 50.0)] * 40, 100)) == 40  # too many to fit: drawn all the same
+    assert len(place([(0.5, 50.0)] * 40, range(40), 100)) == 40  # too many to fit: drawn all the same
 
 
 def test_bands_leave_out_what_is_not_finite() -> None:

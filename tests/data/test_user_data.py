@@ -189,6 +189,13 @@ def test_types_that_are_neither_numbers_nor_text(tmp_path: Path) -> None:
             read(path)
 
 
+def test_compound_labels(tmp_path: Path) -> None:
+    several: Any = [["a", "b"]] * 30
+    frame().assign(label=several).to_parquet(tmp_path / "d.parquet")
+    with pytest.raises(DataError, match="column 'label': holds lists"):
+        read(tmp_path / "d.parquet")
+
+
 def test_decimals_are_numbers(tmp_path: Path) -> None:
     from decimal import Decimal
 

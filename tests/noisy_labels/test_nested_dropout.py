@@ -544,11 +544,11 @@ def plain(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("gradual", [0, 3])
 def test_stage_two_is_the_loop_anyone_would_write(split: bool, gradual: int) -> None:
-    examples, held_out, rate, epochs = data(), data(31, 7), 0.4, 4
+    examples, held_out, rate, epochs = data(50), data(31, 7), 0.4, 4
     started: list[Any] = []
     method = CoTeaching(rate, gradual, 4.0, None, 1, split_batch=split)
     after = Watcher(epoch_end=lambda run: started or started.append([copy.deepcopy(n) for n in method.networks]))
-    run = train(None, network(norm=True), methods=[method, after], epochs=epochs)
+    run = train(None, network(norm=True), examples, methods=[method, after], epochs=epochs)
     nets = started[0]  # at the end of stage one; copies that draw what the run will draw
     heads, bodies = [net[-1] for net in nets], [net[:-1] for net in nets]
     layer = heads[0].nested_dropout
@@ -556,7 +556,7 @@ def test_stage_two_is_the_loop_anyone_would_write(split: bool, gradual: int) -> 
     # Momentum is carried over from stage one: train that again.
     optimizers = stage_one_momentum(method, examples, nets)
     for epoch in range(1, epochs):
-        for rows in batches(0, epochs)[epoch]:
+        for rows in batches(0, epochs, 50)[epoch]:
             half = len(rows) // 2
             parts = [rows[:half], rows[half:]] if split else [rows, rows]
             f = rate if epoch - 1 >= gradual else rate * (epoch - 1) / (gradual - 1)
@@ -606,14 +606,14 @@ def stage_one_momentum(
     starts: list[Any] = []
     again = CoTeaching(**method.settings())
     watcher = Watcher(prepare=lambda run: starts.extend(copy.deepcopy(n) for n in again.networks))
-    train(None, network(norm=True), methods=[again, watcher], epochs=2)
+    train(None, network(norm=True), examples, methods=[again, watcher], epochs=2)
     first, second = starts
     source = first[-1].nested_dropout
     optimizers = []
     draws = [(source.sample_keep(), source.sample_keep()) for _ in range(3)]
     for i, (net, final) in enumerate(zip((first, second), nets, strict=True)):
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-        for rows, widths in zip(batches(0, 1)[0], draws, strict=True):
+        for rows, widths in zip(batches(0, 1, 50)[0], draws, strict=True):
             optimizer.zero_grad()
             h = source(net[:-1](examples.inputs[rows]), keep=widths[i])
             F.cross_entropy(F.linear(h, net[-1].weight, net[-1].bias), examples.targets[rows]).backward()

@@ -9,6 +9,7 @@ METHODS = {slug: entry.load() for slug, entry in methods().items() if entry.modu
 SKIPS: dict[str, dict[str, str]] = {
     "elr-plus": {"ddp-equals-one": "mixup pairs the rows of each process's share"},
     "co-teaching": {
+        "modes": "stage two freezes BatchNorm (freeze_norm=False is checked by itself)",
         "permuted-rows": "the halves of a batch are chosen by position",
         "accumulation": "the small losses are chosen within each micro-batch",
         "ddp-equals-one": "the small losses are chosen within each process's share",

@@ -26,7 +26,9 @@ OWN = {"ddp-equals-one": "each process compares with the mean of its share"}
 def outcomes() -> dict[Any, Report | ConformanceError]:
     # The last one ends the processes.
     keys = [*METHODS, "memory", "local", "mean", "declared", "fails"]
-    entries = [(m, {}, {k: v for k, v in SKIPS.get(slug, {}).items() if k in DDP_CHECKS}) for slug, m in METHODS.items()]
+    entries = [
+        (m, {}, {k: v for k, v in SKIPS.get(slug, {}).items() if k in DDP_CHECKS}) for slug, m in METHODS.items()
+    ]
     toys = [Memory, LocalTable, BatchMean, (BatchMean, {}, OWN), FailsInOne]
     return dict(zip(keys, ddp_outcomes([*entries, *toys]), strict=True))
 
@@ -57,10 +59,17 @@ def test_an_error_in_one_process_is_reported(outcomes):
     assert "the second process has had enough" in str(outcomes["fails"])
 
 
-def test_check_method_asks_for_two_processes():
-    with pytest.raises(ConformanceError) as caught:
-        check_method(LocalTable, ddp=True, only=["ddp-ranks"])
-    assert caught.value.check == "ddp-ranks"
+def test_check_method_asks_for_two_processes(monkeypatch):
+    asked = []
+
+    def stand_in(methods, *, problem):
+        asked.append((methods, len(problem.examples)))
+        return [Report("toy", ["ddp-trains", "ddp-ranks"], OWN)]
+
+    monkeypatch.setattr("equipoise.testing.method.check_methods_ddp", stand_in)
+    report = check_method(BatchMean, ddp=True, settings={"strength": 2.0}, skip={**OWN, "accumulation": "as there"})
+    assert asked == [([(BatchMean, {"strength": 2.0}, OWN)], 37)]
+    assert report.passed[-1] == "ddp-ranks" and report.skipped["ddp-equals-one"] == OWN["ddp-equals-one"]
 
 
 def test_skips_are_checked_before_anything_starts():
@@ -82,7 +91,9 @@ def _trainings(folder: str) -> Any:
     spy.stop_at = 7
     options = classification(23).options(batch_size=7, checkpoint=folder, checkpoint_every=6)
     try:
-        classification(23).double().train([spy, Memory()], **options | {"validation": classification(23).double().validation})
+        classification(23).double().train(
+            [spy, Memory()], **options | {"validation": classification(23).double().validation}
+        )
     except Interrupted:
         yield _train(checkpoint=folder, checkpoint_every=6, resume=True)
 
@@ -107,5 +118,5 @@ def test_spawn_returns_what_was_yielded_before_the_time_was_up():
         yield torch.ones(2)
         time.sleep(60)
 
-    results = spawn(function, processes=1, timeout=8)
+    results = spawn(function, processes=1, timeout=0.5)
     assert len(results) == 1 and torch.equal(results[0][0], torch.ones(2))
