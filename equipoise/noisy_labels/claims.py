@@ -1,6 +1,6 @@
 """The claims of the noisy-label papers, as they can be checked on embedded or detected data.
 
-All use Fashion-MNIST pooled to 14x14, 4000 training images drawn anew by each seed, the official 10,000 test images, an MLP
+All use Fashion-MNIST pooled to 14x14 and standardised, 4000 training images drawn anew by each seed, the official 10,000 test images, an MLP
 196-256-256-10, SGD with momentum 0.9 and a cosine schedule; "40 % noise" redraws labels uniformly over all classes with
 probability 0.4, so that 36 % are wrong.
 """
@@ -22,6 +22,7 @@ from equipoise.training.metrics import accuracy
 RECIPE = {"lr": 0.05, "weight_decay": 5e-4, "early_stopping": False}
 NOISY: dict[str, Any] = {
     "dataset": "fashion-mnist-14",
+    "standardise": True,
     "noise": "uniform",
     "rate": 0.4,
     "train_examples": 4000,
@@ -76,6 +77,10 @@ PSKD = (
     arm("ps-kd, alpha 0.5", "ps-kd", alpha_T=0.5),
     arm("label-smoothing", "label-smoothing", smoothing=0.1),
 )
+RAW_PIXELS = (
+    "Holds where the network memorises. With pixels in [0, 1], not standardised, cross-entropy memorised only 4.5 % of the wrong "
+    "labels in these 40 epochs, and ELR (lam 3, beta 0.7) was 2.5 points worse than it (77.8, 79.4, 78.0 against 81.0, 80.1, 81.6)."
+)
 ELR_SOURCE = "Liu et al., NeurIPS 2020, Tab. 1 (CIFAR-10, symmetric 40 %: 81.88 to 89.15)"
 NESTED_SOURCE = "Chen et al., TNNLS 2022 (Clothing1M: 67.2 to 73.1)"
 PSKD_SOURCE = (
@@ -96,6 +101,7 @@ CLAIMS = [
         at_least=4.0,
         scale=100.0,
         unit="points of test accuracy at the last epoch",
+        remarks=RAW_PIXELS,
     ),
     Claim(
         slug="elr",

@@ -34,6 +34,7 @@ class NoisyLabels(SupervisedTask):
     validation, test: shares of the data held out (``test`` only where the data have no test set of their own).
     clean_validation: keep the validation labels clean, for users who have a small trusted set.
     train_examples: use only so many training examples, drawn anew by each seed.
+    standardise: bring images to mean 0 and standard deviation 1, measured on the training rows (tables always are).
     data, target, test_data: your own file or folder, its target column, and a file with clean labels to test on.
     """
 
@@ -54,6 +55,7 @@ class NoisyLabels(SupervisedTask):
     test: float = 0.2
     clean_validation: bool = False
     train_examples: int | None = None
+    standardise: bool = True
     data: str | None = None
     target: str | None = None
     test_data: str | None = None
@@ -90,7 +92,14 @@ class NoisyLabels(SupervisedTask):
 
     def problem(self, seed: int) -> Problem:
         raw = self._raw()
-        parts = split(raw, seed, validation=self.validation, test=self.test, train_examples=self.train_examples)
+        parts = split(
+            raw,
+            seed,
+            validation=self.validation,
+            test=self.test,
+            train_examples=self.train_examples,
+            standardise=self.standardise,
+        )
         # One stream for each split, so that the training noise does not depend on the size of the validation set.
         noisy_train = self._corrupt(parts.train, seed, 1)
         noisy_validation = parts.validation if self.clean_validation else self._corrupt(parts.validation, seed, 2)
@@ -124,7 +133,9 @@ class NoisyLabels(SupervisedTask):
             # One projection a seed: training and validation labels come from the same annotators.
             shared = torch.Generator().manual_seed(seed * 1_000)
             projection = corruptions.instance_projection(examples.inputs[0].numel(), classes, shared)
-            noisy = corruptions.instance_noise(labels, examples.inputs, self.rate, classes, generator, projection=projection)
+            noisy = corruptions.instance_noise(
+                labels, examples.inputs, self.rate, classes, generator, projection=projection
+            )
         else:
             noisy = labels
         return Examples(examples.inputs, noisy, num_classes=classes)

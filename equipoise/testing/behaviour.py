@@ -267,7 +267,7 @@ def check_permuted_rows(subject: Subject) -> None:
                 batch = _rows(batch, torch.tensor([6, 2, 4, 0, 5, 1, 3]))
             loss = run.training_loss(batch).item()
             results.append([loss, snapshot(run.methods[0].state_dict())])
-    text = difference(*results, TOLERANCE)
+    text = difference(results[0], results[1], TOLERANCE)
     if text and subject.draws:
         skip("the method draws random numbers, which may differ for each row")
     if text:
@@ -299,7 +299,7 @@ def check_float64(subject: Subject) -> None:
 
 def check_bf16(subject: Subject) -> None:
     """Under bf16 autocast the run stays finite, and its first loss is near that of float32."""
-    run, spy = subject.train(mixed_precision="bf16")
+    _, spy = subject.train(mixed_precision="bf16")
     _finite(spy, 'with mixed_precision="bf16"')
     _near(_first_loss(subject), _first_loss(subject, mixed_precision="bf16"), 0.05, "float32", "bf16")
 

@@ -141,8 +141,8 @@ def classification(count: int = 37, *, classes: int = 3, features: int = 6, seed
         labels = torch.arange(number) % classes
         inputs = centres[labels] + torch.randn(number, features, generator=generator)
         labels = torch.where(torch.arange(number) % 5 == 4, (labels + 1) % classes, labels)
-        extras = {"domain": torch.arange(number) % 2, "group": torch.arange(number) // 2 % 2}
-        return Examples(inputs, labels, num_classes=classes, **extras)
+        domain, group = torch.arange(number) % 2, torch.arange(number) // 2 % 2
+        return Examples(inputs, labels, num_classes=classes, domain=domain, group=group)
 
     make = partial(TinyNetwork, features, outputs=classes)
     return TinyProblem(draw(count), draw(11), make, partial(make, norm=True))
@@ -156,8 +156,8 @@ def regression(count: int = 37, *, outputs: int = 1, features: int = 6, seed: in
     def draw(number: int) -> Examples:
         inputs = torch.randn(number, features, generator=generator)
         targets = inputs @ law + 0.1 * torch.randn(number, outputs, generator=generator)
-        extras = {"domain": torch.arange(number) % 2, "group": torch.arange(number) // 2 % 2}
-        return Examples(inputs, targets, **extras)
+        domain, group = torch.arange(number) % 2, torch.arange(number) // 2 % 2
+        return Examples(inputs, targets, domain=domain, group=group)
 
     make = partial(TinyNetwork, features, outputs=outputs)
     return TinyProblem(draw(count), draw(11), make, partial(make, norm=True), loss=nn.functional.mse_loss)

@@ -62,7 +62,13 @@ class Report:
         lines = [f"{self.subject}: {len(self.passed)} checks passed, {len(self.skipped)} skipped, {self.seconds:.1f} s"]
         if self.passed:
             lines.append(
-                textwrap.fill(", ".join(self.passed), 100, initial_indent="  passed: ", subsequent_indent="    ")
+                textwrap.fill(
+                    ", ".join(self.passed),
+                    100,
+                    initial_indent="  passed: ",
+                    subsequent_indent="    ",
+                    break_on_hyphens=False,
+                )
             )
         for reason in dict.fromkeys(self.skipped.values()):
             names = ", ".join(name for name, why in self.skipped.items() if why == reason)

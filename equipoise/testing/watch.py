@@ -136,8 +136,8 @@ def leftover_hooks(model: nn.Module) -> list[str]:
     """Names of modules and parameters of ``model`` that carry hooks."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     found = [name or "the model" for name, m in model.named_modules() if any(getattr(m, kind, None) for kind in kinds)]
-    kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
-    return found + [name for name, p in model.named_parameters() if any(getattr(p, kind, None) for kind in kinds)]
+    of_tensors = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    return found + [name for name, p in model.named_parameters() if any(getattr(p, kind, None) for kind in of_tensors)]
 
 
 def _versions(value: Any) -> dict[str, tuple[int, int]]:

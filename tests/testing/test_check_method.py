@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import BROKEN, BatchMean, Memory
 from torch import nn
+from toys import BROKEN, BatchMean, Memory
 
 from equipoise import Method
 from equipoise.errors import ArgumentError, check_range
@@ -27,7 +27,7 @@ class Dropout(Method):
     """Drop features at random, by a layer in front of the head."""
 
     name = "dropout"
-    neutral = {"rate": 0.0}  # noqa: RUF012
+    neutral = {"rate": 0.0}
 
     def __init__(self, rate: float = 0.3) -> None:
         check_range("rate", rate, 0, 1)
@@ -42,7 +42,7 @@ class Jitter(Method):
     """Scale the loss by a random factor, one for a batch, from a generator of its own."""
 
     name = "jitter"
-    neutral = {"width": 0.0}  # noqa: RUF012
+    neutral = {"width": 0.0}
 
     def __init__(self, width: float = 0.5) -> None:
         check_range("width", width, 0, 1)
@@ -60,7 +60,7 @@ class Shrink(Method):
     """Weight decay by hand, for any kind of target."""
 
     name = "shrink"
-    neutral = {"rate": 0.0}  # noqa: RUF012
+    neutral = {"rate": 0.0}
 
     def __init__(self, rate: float = 0.01) -> None:
         check_range("rate", rate, 0, 1)
@@ -161,7 +161,7 @@ def test_names_of_checks_are_checked(arguments, message):
 
 def test_only_classes_of_methods_are_checked():
     for wrong in (Memory(), nn.Linear, None):
-        with pytest.raises(ArgumentError, match="must be a subclass of equipoise.Method"):
+        with pytest.raises(ArgumentError, match="must be a subclass of"):
             check_method(wrong)  # type: ignore[arg-type]
 
 
