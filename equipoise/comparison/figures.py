@@ -86,14 +86,13 @@ class Axis:
     @classmethod
     def ratios(cls, values: Sequence[float]) -> Axis:
         """For multiples of the baseline's cost; logarithmic where they span more than a factor of four."""
-        found = [v for v in values if v > 0] or [1.0]
-        if max(found) / min(found) <= 4:
-            return cls.around([*found, min(found) - 0.05, max(found) + 0.05], 4)
-        ticks = [
-            m * 10.0**e for e in range(-3, 7) for m in (1, 2, 5) if min(found) * 0.8 <= m * 10.0**e <= max(found) * 1.25
-        ]
+        low, high = min(values), max(values)
+        if low <= 0 or high / low <= 4:
+            return cls.around([low - 0.05, high + 0.05], 4)
+        low, high = low * 0.8, high * 1.25
+        ticks = [m * 10.0**e for e in range(-3, 7) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
         keep = -(-len(ticks) // 6)
-        return cls(min(found) * 0.8, max(found) * 1.25, tuple(ticks[::keep]), log=True)
+        return cls(low, high, tuple(ticks[::keep]), log=True)
 
     def at(self, value: float) -> float:
         """Position: 0 at the low end, 1 at the high end."""
@@ -287,13 +286,14 @@ def cost(units: Units, arms: Sequence[ArmResult], higher: bool) -> Figure | None
     parts += [at(f"{100 * x:.2f}%", mark(kind_of(a), y)) for (a, _, _), (x, y) in zip(found, points, strict=True)]
     rows = [[a.name, ratio(x), units.value(a.mean), units.value(a.sd)] for a, x, _ in found]
     title = f"Mean {units.label} against training compute. " + "; ".join(f"{r[0]}: {r[2]} at {r[1]}" for r in rows)
-    missing = [arm.name for arm in arms if not (good(arm.flops_ratio) and good(arm.mean))]
     note = (
         f"Mean test {units.label} against training compute (FLOPs) as a multiple of the baseline's"
-        f"{', on a logarithmic scale' * horizontal.log}. {'Up' if higher else 'Down'} and left is better value."
-        + " Arms without a difference are not named in the drawing." * (len(named) < len(found))
-        + f" Not shown, for want of a cost or a result: {', '.join(missing)}." * bool(missing)
+        f"{', on a logarithmic scale' if horizontal.log else ''}. {'Up' if higher else 'Down'} and left is better value."
     )
+    if len(named) < len(found):
+        note += " Arms without a difference are not named in the drawing."
+    if missing := [arm.name for arm in arms if not (good(arm.flops_ratio) and good(arm.mean))]:
+        note += f" Not shown, for want of a cost or a result: {', '.join(missing)}."
     svg = drawing(title, height + 24, *parts, class_="plot axis")
     header = ["Arm", "Training compute", f"Mean {units.label}", "Standard deviation over seeds"]
     return Figure("cost-figure", "Quality against cost", note, [Panel("", svg)], header, rows)

@@ -185,7 +185,7 @@ def terminal_table(comparison: Comparison, width: int = 80) -> RichTable:
     table.add_column("arm", overflow="fold", min_width=12)
     table.add_column("verdict", no_wrap=True)
     table.add_column(units.label.replace(" (%)", "\n(%)"), justify="right", no_wrap=True)
-    table.add_column(f"difference{units.percent * ', points'}\n[95 % interval]", justify="right", no_wrap=True)
+    table.add_column(f"difference{', points' if units.percent else ''}\n[95 % interval]", justify="right", no_wrap=True)
     if wide:
         table.add_column("Holm p", justify="right", no_wrap=True)
     table.add_column("train\ncompute", justify="right", no_wrap=True)
@@ -320,7 +320,7 @@ def _leaderboard(comparison: Comparison, units: Units, order: list[ArmResult]) -
         f"Mean {units.label}",
         "IQM",
         "SD",
-        f"Difference{units.percent * ' (points)'}",
+        "Difference (points)" if units.percent else "Difference",
         "95 % interval",
     ]
     columns += ["Holm p", "Train compute", "Step time", "Peak memory", "Inference parameters"]

@@ -256,7 +256,9 @@ def fold(head: nn.Linear) -> None:
 
     The plain model then predicts the same. A head whose weight is computed (a parametrization) keeps its layer.
     """
-    layer = head.nested_dropout
+    layer = getattr(head, "nested_dropout", None)
+    if layer is None:
+        return
     if isinstance(layer, NestedDropout):
         if "weight" not in head._parameters:
             layer.held = None

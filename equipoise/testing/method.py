@@ -20,6 +20,7 @@ from typing import Any
 
 from equipoise.errors import ArgumentError
 from equipoise.testing import behaviour, declaration
+from equipoise.testing.compare import difference, snapshot
 from equipoise.testing.distributed import DDP_CHECKS, check_methods_ddp
 from equipoise.testing.problem import TinyProblem, classification
 from equipoise.testing.report import ConformanceError, Failed, Report, Skipped, check_names
@@ -90,7 +91,12 @@ def check_method(
         raise ArgumentError(f"method = {method!r}: must be a subclass of equipoise.Method (the class, not an object)")
     skips = dict(skip or {})
     check_names(skips, only, METHOD_CHECKS)
-    subject = Subject(method, dict(settings or {}), classification() if problem is None else problem)
+    problem = classification() if problem is None else problem
+    if difference(*(snapshot(dict(problem.network().state_dict())) for _ in range(2))):
+        raise ArgumentError(
+            "problem.network gives other initial weights at every call: seed them, as TinyNetwork(seed=0) does, or load a copy"
+        )
+    subject = Subject(method, dict(settings or {}), problem)
     report = Report(subject.label)
     begin = time.perf_counter()
     for name, check in _CHECKS.items():

@@ -61,15 +61,10 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.subject}: {len(self.passed)} checks passed, {len(self.skipped)} skipped, {self.seconds:.1f} s"]
         if self.passed:
-            lines.append(
-                textwrap.fill(
-                    ", ".join(self.passed),
-                    100,
-                    initial_indent="  passed: ",
-                    subsequent_indent="    ",
-                    break_on_hyphens=False,
-                )
+            wrap = textwrap.TextWrapper(
+                100, initial_indent="  passed: ", subsequent_indent="    ", break_on_hyphens=False
             )
+            lines.append(wrap.fill(", ".join(self.passed)))
         for reason in dict.fromkeys(self.skipped.values()):
             names = ", ".join(name for name, why in self.skipped.items() if why == reason)
             lines.append(f"  skipped: {names} ({reason})")

@@ -62,9 +62,9 @@ def fit(
     optimizer: an optimizer or ``parameters -> optimizer``; by default SGD with learning rate 0.05 and momentum 0.9.
     scheduler: ``(optimizer, total_steps) -> scheduler``, stepped once an optimizer step.
     accumulation: number of micro-batches in which a batch is processed, to save memory; the mean gradient is the same.
-    checkpoint: folder to save to after every epoch, or every ``checkpoint_every`` optimizer steps.
+    checkpoint: folder to save to after every epoch, or every ``checkpoint_every`` optimizer steps and at the end.
     resume: continue bit for bit from the checkpoint if there is one, else start anew.
-    on_epoch_end: called with the run after each epoch; a dict it returns joins the epoch's record in ``run.history``.
+    on_epoch_end: called with the run after each epoch and the methods' ``epoch_end``; a dict it returns joins the epoch's record in ``run.history``.
     Without it, ``validation`` data put ``validation_loss`` (and ``validation_accuracy`` for classes) there.
     The rest: see ``equipoise.start``. Raises ``NonFiniteError``, ``ArgumentError``, ``DataError``, ``CheckpointError``.
     """
@@ -121,8 +121,8 @@ def fit(
                 run.position += 1
                 if checkpoint_every is not None and run.global_step % checkpoint_every == 0:
                     save()
-            run.end_epoch(_evaluate(run) if on_epoch_end is None else on_epoch_end(run))
-            if checkpoint_every is None:
+            run.end_epoch(_evaluate if on_epoch_end is None else on_epoch_end)
+            if checkpoint_every is None or run.epoch == epochs:
                 save()
         run.finish()
     return run

@@ -280,8 +280,8 @@ class Run:
             self._order = self.loader.order()
         return self.loader.batches(self._order, self.position)
 
-    def end_epoch(self, extra: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Call ``epoch_end`` of the methods, close the epoch's record and return it."""
+    def end_epoch(self, evaluate: Callable[[Run], dict[str, Any] | None] | None = None) -> dict[str, Any]:
+        """Call ``epoch_end`` of the methods, then ``evaluate``; close the epoch's record, with what that gave, and return it."""
         self._flush()
         for method in self._hooks["epoch_end"]:
             method.epoch_end(self)
@@ -290,7 +290,7 @@ class Run:
             record["train_loss"] = self._mean_loss()
         record |= {name: sum(values) / len(values) for name, values in self._logged.items()}
         self._loss_sum, self._loss_count, self._logged = 0.0, 0, {}
-        self.history.append(record | (extra or {}))
+        self.history.append(record | ((evaluate(self) if evaluate is not None else None) or {}))
         self.epoch += 1
         self.position = 0
         return self.history[-1]

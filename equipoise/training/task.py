@@ -331,7 +331,7 @@ class SupervisedTask(Task):
         run = self._fit(problem, method, config, seed, member, epochs, look)
         # What a method does in ``finish`` belongs to the model that a user would ship.
         predictions = {name: run.predict(loader) for name, loader in loaders.items()}
-        metrics["last"], kept["last"] = self.measure(problem, predictions), predictions
+        metrics["last"], kept["last"] = self.measure(problem, predictions) | self.examine(problem, run), predictions
         return (
             metrics,
             kept,

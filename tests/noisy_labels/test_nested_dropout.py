@@ -440,6 +440,7 @@ def test_during_the_run_names_stay_and_after_it_the_model_is_plain() -> None:
     masked[:, 2:] = 0
     torch.testing.assert_close(before, F.linear(masked, twin[2].weight, twin[2].bias))
     fold(twin[2])
+    fold(twin[2])  # nothing left to do
     assert torch.equal(twin(x), before) and set(twin.state_dict()) == plain
     train(NestedDropoutMethod(), twin)  # and trains again
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from kit_toys import BROKEN, BatchMean, Memory
 from torch import nn
-from toys import BROKEN, BatchMean, Memory
 
 from equipoise import Method
 from equipoise.errors import ArgumentError, check_range
@@ -113,18 +115,11 @@ def test_regression_problem():
 
 def test_a_problem_of_ones_own():
     base = classification(count=23, classes=4)
-    problem = TinyProblem(base.examples, base.validation, lambda: nn.Linear(6, 4).requires_grad_(), epochs=4)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        weights = nn.Linear(6, 4).state_dict()
-
-    def network() -> nn.Module:
-        layer = nn.utils.skip_init(nn.Linear, 6, 4)
-        layer.load_state_dict(weights)
-        return layer
-
-    problem = TinyProblem(base.examples, base.validation, network, epochs=4)
+    layer = nn.Linear(6, 4)
+    problem = TinyProblem(base.examples, base.validation, lambda: copy.deepcopy(layer), epochs=4)
     assert "resume" in check_method(Memory, problem=problem).passed
+    with pytest.raises(ArgumentError, match="other initial weights at every call"):
+        check_method(Memory, problem=TinyProblem(base.examples, base.validation, lambda: nn.Linear(6, 4)))
 
 
 def test_declared_skips_stand_in_the_report():

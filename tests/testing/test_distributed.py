@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from library import METHODS, SKIPS
-from toys import BatchMean, FailsInOne, LocalTable, Memory
+from kit_library import METHODS, SKIPS
+from kit_toys import BatchMean, FailsInOne, LocalTable, Memory
 
 from equipoise.errors import ArgumentError
 from equipoise.testing import ConformanceError, Report, check_method, check_methods_ddp, classification, spawn

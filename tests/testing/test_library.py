@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from library import METHODS, SKIPS
+from kit_library import METHODS, SKIPS, VARIANTS
 
 from equipoise.testing import check_method
 
@@ -14,6 +14,11 @@ torch.set_num_threads(1)
 @pytest.mark.parametrize("slug", METHODS)
 def test_conformance(slug):
     check_method(METHODS[slug], compile=True, skip=SKIPS.get(slug, {}))
+
+
+@pytest.mark.parametrize(("slug", "settings"), VARIANTS, ids=str)
+def test_conformance_of_variants(slug, settings):
+    check_method(METHODS[slug], settings=settings, skip=SKIPS.get(slug, {}))
 
 
 def test_co_teaching_leaves_modes_alone_unless_it_freezes_batch_norm():

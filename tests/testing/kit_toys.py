@@ -419,15 +419,6 @@ class NoIndexCheck(Memory):
         return super().penalty(run, batch, output)
 
 
-class OwnLoss(Memory):
-    """Replaces the loss, and says that it does not."""
-
-    name = "own-loss"
-
-    def loss(self, run, batch, output):
-        return run.task_loss(output.prediction, batch.targets)
-
-
 # -- distributed ------------------------------------------------------------------------------------------------------
 class LocalTable(Memory):
     """Writes only the rows of its own process."""
