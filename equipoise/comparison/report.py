@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,31 +181,38 @@ def terminal_table(comparison: Comparison, width: int = 80) -> RichTable:
     from rich.text import Text
 
     units, wide = Units.of(comparison), width >= 110
-    styles = {"better": "bold green", "worse": "bold red"}
-    table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
-    table.add_column("arm", overflow="fold", min_width=12)
-    table.add_column("verdict", no_wrap=True)
-    table.add_column(units.label.replace(" (%)", "\n(%)"), justify="right", no_wrap=True)
-    table.add_column(f"difference{', points' if units.percent else ''}\n[95 % interval]", justify="right", no_wrap=True)
-    if wide:
-        table.add_column("Holm p", justify="right", no_wrap=True)
-    table.add_column("train\ncompute", justify="right", no_wrap=True)
-    if wide:
-        for name in ("step\ntime", "peak\nmemory", "inference\nparameters"):
-            table.add_column(name, justify="right", no_wrap=True)
-    for arm in ranked(comparison, comparison.arms):
+    headers = ["arm", "verdict", units.label.replace(" (%)", "\n(%)")]
+    headers += [f"difference{', points' if units.percent else ''}\n[95 % interval]"]
+    headers += (
+        ["Holm p", "train\ncompute", "step\ntime", "peak\nmemory", "inference\nparameters"]
+        if wide
+        else ["train\ncompute"]
+    )
+    arms, rows = ranked(comparison, comparison.arms), []
+    for arm in arms:
         verdict = "baseline" if arm.baseline else arm.verdict or "no verdict"
-        cells: list[str | Text] = [
-            Text(figures.short(arm.name, 70 if wide else 40), style="bold" if arm.verdict == "better" else ""),
-            Text(verdict, style=styles.get(verdict, "dim")),
-            units.value(arm.mean),
-            "" if arm.baseline else _effect(arm.difference, arm.low, arm.high, units, ""),
-            *([p_value(arm.p)] if wide else []),
-            ratio(arm.flops_ratio),
-        ]
+        effect = "" if arm.baseline else _effect(arm.difference, arm.low, arm.high, units, "")
+        row = [arm.name, verdict, units.value(arm.mean), effect, ratio(arm.flops_ratio)]
         if wide:
-            cells += [ratio(arm.step_time_ratio), ratio(arm.peak_memory_ratio), _whole(arm.inference_parameters)]
-        table.add_row(*cells)
+            row.insert(4, "" if arm.baseline else p_value(arm.p))
+            row += [ratio(arm.step_time_ratio), ratio(arm.peak_memory_ratio), _whole(arm.inference_parameters)]
+        rows.append(row)
+    # Names get what the other columns leave, and are broken at their hyphens.
+    others = [
+        max(len(line) for cell in column for line in cell.split("\n")) for column in zip(headers, *rows, strict=True)
+    ]
+    room = max(12, width - sum(others[1:]) - 2 * len(headers))
+    table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
+    for i, header in enumerate(headers):
+        firm = i > 1 or (i == 1 and width >= 80)  # in a narrow terminal the verdict takes two lines
+        table.add_column(
+            header, justify="left" if i < 2 else "right", no_wrap=firm, overflow="fold", min_width=12 if i < 2 else None
+        )
+    styles = {"better": "bold green", "worse": "bold red"}
+    for arm, (name, verdict, *cells) in zip(arms, rows, strict=True):
+        name = textwrap.fill(figures.short(name, 2 * room), room)
+        style = "bold" if arm.verdict == "better" else ""
+        table.add_row(Text(name, style=style), Text(verdict, style=styles.get(verdict, "dim")), *cells)
     return table
 
 

@@ -190,11 +190,12 @@ class NestedDropout(nn.Module):
     from; in a distributed run it must be seeded alike on all processes. Without one the layer makes its own, seeded with
     ``torch.initial_seed()``; two layers made so draw the same widths. Raises ``ArgumentError`` (a ``ValueError``).
 
-    ``probs`` (D,) float64 is the law. It stays on the CPU, where k is drawn, so that no device must be waited for and no cast
-    changes it. ``keep`` is a buffer, an int64 scalar, at first D. ``held``, an int64 scalar on the layer's device, replaces the
+    ``probs`` (D,) float64 is the law, a buffer that no state dict needs. It stays on the CPU, where k is drawn, so that no device
+    must be waited for and no cast changes it. ``keep`` is a buffer, an int64 scalar, at first D. ``held``, an int64 scalar on the layer's device, replaces the
     draw in training while it is not None (several forward passes with one width).
     """
 
+    probs: Tensor
     keep: Tensor
 
     def __init__(
@@ -206,13 +207,19 @@ class NestedDropout(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.probs = nested_dropout_probs(num_features, sigma, mu)
+        self.register_buffer("probs", nested_dropout_probs(num_features, sigma, mu), persistent=False)
         if generator is not None and generator.device.type != "cpu":
             refuse("generator", str(generator.device), "be on the CPU", "Use torch.Generator().manual_seed(seed)")
         self.num_features, self.sigma, self.mu = num_features, sigma, mu
         self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
         self.held: Tensor | None = None
         self.register_buffer("keep", torch.tensor(num_features))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> NestedDropout:
+        law = self._buffers.pop("probs")
+        super()._apply(fn, recurse)
+        self._buffers["probs"] = law
+        return self
 
     def sample_keep(self) -> int:
         """Draw k, 1 <= k <= D."""

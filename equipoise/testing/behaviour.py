@@ -132,6 +132,7 @@ def check_neutral(subject: Subject) -> None:
     _, spy = subject.train(problem, method=method)
     plain = Spy()
     problem.train([plain])
+    text: str | None
     if len(spy.steps) != len(plain.steps):
         text = f"which takes {len(plain.steps) - 1} steps and not {len(spy.steps) - 1}"
     elif spy.replaced:
@@ -215,7 +216,7 @@ def check_resume(subject: Subject) -> None:
     if len(one.indices) <= STEP_OF_INTERRUPTION:
         skip(f"the problem trains for {len(one.indices)} steps, of which the check needs {STEP_OF_INTERRUPTION + 1}")
     with tempfile.TemporaryDirectory() as folder:
-        options = {"checkpoint": folder, "checkpoint_every": STEP_OF_CHECKPOINT}
+        options: dict[str, Any] = {"checkpoint": folder, "checkpoint_every": STEP_OF_CHECKPOINT}
         stopped = Spy()
         stopped.stop_at = STEP_OF_INTERRUPTION
         with suppress(Interrupted):

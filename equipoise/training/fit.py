@@ -64,7 +64,8 @@ def fit(
     accumulation: number of micro-batches in which a batch is processed, to save memory; the mean gradient is the same.
     checkpoint: folder to save to after every epoch, or every ``checkpoint_every`` optimizer steps and at the end.
     resume: continue bit for bit from the checkpoint if there is one, else start anew.
-    on_epoch_end: called with the run after each epoch and the methods' ``epoch_end``; a dict it returns joins the epoch's record in ``run.history``.
+    on_epoch_end: called with the run after each epoch and the methods' ``epoch_end``; a dict it returns joins the epoch's
+    record in ``run.history``.
     Without it, ``validation`` data put ``validation_loss`` (and ``validation_accuracy`` for classes) there.
     The rest: see ``equipoise.start``. Raises ``NonFiniteError``, ``ArgumentError``, ``DataError``, ``CheckpointError``.
     """

@@ -10,9 +10,7 @@ for batch in loader:
 from __future__ import annotations
 
 import math
-import os
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -22,33 +20,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from equipoise.errors import (
     ArgumentError,
     CheckpointError,
     DataError,
-    MethodConflictError,
     NonFiniteError,
     check_choice,
     check_integer,
     check_range,
 )
 from equipoise.training import checkpoint as checkpoints
-from equipoise.training.batch import Batch, Examples, Inputs, Loader, Output, as_dataset
+from equipoise.training.assemble import (
+    LossFunction,
+    OptimizerLike,
+    SchedulerLike,
+    accelerator_of,
+    check_output,
+    classes_of,
+    derived_seed,
+    hooks_of,
+    is_compiled,
+    make_optimizer,
+    make_scheduler,
+    scheduler_state,
+)
+from equipoise.training.batch import Batch, Inputs, Loader, Output, as_dataset
 from equipoise.training.features import FeatureTap, find_head
-from equipoise.training.method import EXCLUSIVE_HOOKS, HOOKS, Method
+from equipoise.training.method import Method
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-OptimizerLike = Optimizer | Callable[[Iterable[Any]], Optimizer]
-SchedulerLike = LRScheduler | Callable[[Optimizer, int], LRScheduler]
-LossFunction = Callable[[Tensor, Tensor], Tensor]
 CHECK_EVERY = 50  # steps between looks at the losses on an accelerator, where each look waits for the device
-ELEMENTWISE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
-ELEMENTWISE_MODULES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 
 
 class Run:
@@ -88,21 +92,21 @@ class Run:
             check_range("clip_norm", clip_norm, 0, open_low=True)
         if num_classes is not None:
             check_integer("num_classes", num_classes, 1)
-        self._hooks = _hooks(methods)
+        self._hooks = hooks_of(methods)
         self.methods = list(methods)
-        self.accelerator = _accelerator(accelerator)
+        self.accelerator = accelerator_of(accelerator)
         self.device = torch.device(self.accelerator.device)
         if self.device.type == "cpu":  # accelerate may add an index, and then no tensor's device would equal it
             self.device = torch.device("cpu")
         self.seed, self.stage, self.epoch, self.global_step, self.position = seed, 0, 0, 0, 0
-        self.generator = torch.Generator().manual_seed(_seed(seed, "run"))
+        self.generator = torch.Generator().manual_seed(derived_seed(seed, "run"))
         self.task_loss: LossFunction = F.cross_entropy if loss is None else loss
         self.clip_norm, self.head_name, self.mixed_precision = clip_norm, head, mixed_precision
         self.history: list[dict[str, Any]] = []
 
         self.data = None if data is None else as_dataset(data)
         self.num_examples = None if self.data is None else len(self.data)  # type: ignore[arg-type]
-        self.num_classes, self.class_counts = _classes(self.data, num_classes)
+        self.num_classes, self.class_counts = classes_of(self.data, num_classes)
         self.total_epochs, self.total_steps = epochs, total_steps
         self.loader: Loader | None = None
         if self.data is not None and batch_size is not None:
@@ -123,7 +127,7 @@ class Run:
         self.validation: Loader | None = None
         if validation is not None:
             held_out = as_dataset(validation, "validation")
-            _classes(held_out, self.num_classes)  # refuses labels that training does not know
+            classes_of(held_out, self.num_classes)  # refuses labels that training does not know
             self.validation = Loader(held_out, 1024, device=self.device, num_workers=num_workers)
 
         self.model = model.to(self.device)
@@ -137,10 +141,10 @@ class Run:
         for method in self._hooks["prepare"]:
             method.prepare(self)
         self._preparing = False
-        if self.methods and _is_compiled(self.model):
+        if self.methods and is_compiled(self.model):
             torch.compiler.reset()  # code compiled before, for a model of the same class, would pass over the methods' hooks
         self._networks.insert(0, self.model)
-        self.optimizer = _optimizer(optimizer, self._networks, before)
+        self.optimizer = make_optimizer(optimizer, self._networks, before)
         for method in self._hooks["configure_optimizer"]:
             self.optimizer = method.configure_optimizer(self, self.optimizer)
         for method in self._hooks["configure_sampler"]:
@@ -148,7 +152,7 @@ class Run:
                 self.loader.sampler = method.configure_sampler(self, self.loader.sampler)
                 if epochs is not None and total_steps is None:
                     self.total_steps = epochs * len(self.loader)
-        self.scheduler = _scheduler(scheduler, self.optimizer, self.total_steps)
+        self.scheduler = make_scheduler(scheduler, self.optimizer, self.total_steps)
         self._wrap(self.model)
         # Accelerate's own wrapper matters only with a gradient scaler or a sharded model; elsewhere it only costs time.
         self._plain = self.accelerator.scaler is None and self.accelerator.num_processes == 1
@@ -192,7 +196,7 @@ class Run:
 
     def new_generator(self, method: Method, name: str = "generator") -> torch.Generator:
         """A CPU generator of the method's own, registered: the same stream on every process, independent of the data order."""
-        generator = torch.Generator().manual_seed(_seed(self.seed, f"{method.name}/{name}"))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, f"{method.name}/{name}"))
         self.register(method, name, generator)
         return generator
 
@@ -229,7 +233,8 @@ class Run:
             batch = method.transform_batch(self, batch)
         output = self.forward(batch.inputs)
         if not self._checked:
-            self._check_output(output, batch)
+            check_output(output.prediction, batch.targets, self.task_loss, self.num_classes, bool(self._hooks["loss"]))
+            self._checked = True
         owner = self._hooks["loss"]
         loss = owner[0].loss(self, batch, output) if owner else self._task_loss(output.prediction, batch.targets)
         penalties = self._hooks["penalty"]
@@ -360,7 +365,7 @@ class Run:
             "identity": self._identity(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else _plain_scheduler_state(self.scheduler),
+            "scheduler": None if self.scheduler is None else scheduler_state(self.scheduler),
             "methods": [method.state_dict() for method in self.methods],
             "ranks": ranks,
             "generator": self.generator.get_state(),
@@ -457,30 +462,6 @@ class Run:
                 "labels must lie in [0, number of classes)"
             ) from error
 
-    def _check_output(self, output: Output, batch: Batch) -> None:
-        prediction, targets = output.prediction, batch.targets
-        rows, soft = len(targets), targets.is_floating_point()
-        wrong, wanted = prediction.ndim == 0 or len(prediction) != rows, f"({rows}, ...)"
-        elementwise = self.task_loss in ELEMENTWISE or isinstance(self.task_loss, ELEMENTWISE_MODULES)
-        if self.task_loss is F.cross_entropy and soft and targets.ndim == 1:
-            if not self._hooks["loss"]:
-                raise ArgumentError(
-                    "loss = None: is cross-entropy, but the targets are floating point. Give loss=torch.nn.functional.mse_loss "
-                    "for values, or int64 targets for classes"
-                )
-        elif elementwise or (self.task_loss is F.cross_entropy and soft):
-            wrong, wanted = prediction.shape != targets.shape, f"{tuple(targets.shape)}"
-        elif self.task_loss is F.cross_entropy:
-            classes = self.num_classes or int(targets.max()) + 1
-            wrong = wrong or prediction.ndim != targets.ndim + 1 or prediction.shape[1] < classes
-            wanted = f"({rows}, {', '.join(map(str, (classes, *targets.shape[1:])))})"
-        if wrong:
-            raise ArgumentError(
-                f"model output has shape {tuple(prediction.shape)}: must be {wanted} for targets of shape {tuple(targets.shape)}. "
-                "Change the model's last layer"
-            )
-        self._checked = True
-
     def _watch(self, total: Tensor, terms: tuple[Tensor, ...], count: int) -> None:
         if self._look_every == 1:
             value = total.item()
@@ -548,115 +529,3 @@ def start(model: nn.Module, optimizer: OptimizerLike, **options: Any) -> Run:
     run = Run(model, optimizer, **options)
     run.begin_epoch()
     return run
-
-
-def _hooks(methods: Sequence[Method]) -> dict[str, list[Method]]:
-    if isinstance(methods, Method):
-        raise ArgumentError(f"methods = {methods!r}: must be a list. Write methods=[{type(methods).__name__}(...)]")
-    for method in methods:
-        if not isinstance(method, Method):
-            given = method.__name__ if isinstance(method, type) else repr(method)
-            hint = "Pass an instance: " + given + "(...)" if isinstance(method, type) else ""
-            raise ArgumentError(f"methods holds {given}: must hold instances of equipoise.Method. {hint}")
-    table = {hook: [method for method in methods if method.overrides(hook)] for hook in HOOKS}
-    for hook in EXCLUSIVE_HOOKS:
-        if len(table[hook]) > 1:
-            names = " and ".join(method.name or type(method).__name__ for method in table[hook])
-            what = "replace the task's loss" if hook == "loss" else "decide which examples are drawn"
-            raise MethodConflictError(
-                f"{names} both {what}; a run can have one of them. Remove one, or train them in separate runs"
-            )
-    return table
-
-
-def _accelerator(given: Accelerator | None) -> Accelerator:
-    """The accelerator given, else one that joins the processes of a launcher, also where there are only CPUs."""
-    from accelerate import Accelerator
-
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    accelerator = given or Accelerator(cpu=launched > 1 and not torch.accelerator.is_available())
-    if launched > 1 and accelerator.num_processes == 1:
-        raise ArgumentError(
-            f"accelerator sees 1 process, but WORLD_SIZE = {launched}: each process would train by itself. "
-            "On CPUs make it with Accelerator(cpu=True)"
-        )
-    if accelerator.gradient_accumulation_steps != 1:
-        raise ArgumentError(
-            f"accelerator.gradient_accumulation_steps = {accelerator.gradient_accumulation_steps}: must be 1, accelerate would "
-            "scale the loss a second time. Use fit(accumulation=...), or scale the loss in your own loop"
-        )
-    return accelerator
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    """Whether ``torch.compile(model)`` or ``model.compile()`` was called for the model or a part of it."""
-    modules = model.modules()
-    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in modules)
-
-
-def _seed(seed: int, name: str) -> int:
-    return (seed * 0x9E3779B1 + zlib.crc32(name.encode())) % (2**63)
-
-
-def _classes(data: Any, num_classes: int | None) -> tuple[int | None, Tensor | None]:
-    """Number of classes and examples of each, from the argument or the data set's ``num_classes`` / ``targets``."""
-    targets = getattr(data if isinstance(data, Examples) else getattr(data, "dataset", None), "targets", None)
-    if targets is not None:
-        try:
-            targets = torch.as_tensor(targets)
-        except (TypeError, ValueError, RuntimeError):
-            targets = None  # something else of that name (boxes, strings)
-    if targets is not None and (targets.ndim == 0 or len(targets) != len(data)):
-        targets = None
-    if targets is not None and (targets.is_floating_point() or targets.ndim != 1):
-        return num_classes or getattr(data, "num_classes", None), None
-    known = num_classes or getattr(data, "num_classes", None)
-    if targets is None or not len(targets):
-        return known, None
-    largest = int(targets.max()) + 1
-    if known is not None and largest > known:
-        raise ArgumentError(
-            f"num_classes = {known}: must be at least {largest}, the largest label in the data plus one"
-        )
-    if int(targets.min()) < 0:
-        raise DataError(f"targets holds the class {int(targets.min())}: classes are numbered from 0")
-    known = known or largest
-    return known, torch.bincount(targets.to(torch.int64), minlength=known)
-
-
-def _optimizer(given: OptimizerLike, networks: list[nn.Module], before: set[int]) -> Optimizer:
-    """The optimizer over all networks; one made by the user gets the parameters that ``prepare`` added."""
-    present = {id(p): p for network in networks for p in network.parameters() if p.requires_grad}
-    if not isinstance(given, Optimizer):
-        optimizer = given(list(present.values()))
-        if not isinstance(optimizer, Optimizer):
-            raise ArgumentError(
-                f"optimizer = {type(optimizer).__name__}: must be a torch Optimizer or return one from parameters"
-            )
-        return optimizer
-    held = {id(p) for group in given.param_groups for p in group["params"]}
-    if not held & present.keys():
-        raise ArgumentError(
-            "optimizer holds none of the model's parameters (a method may have replaced them in prepare): pass a function instead, "
-            "for instance optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)"
-        )
-    new = [p for key, p in present.items() if key not in held and key not in before]
-    if new:
-        given.add_param_group({"params": new})
-    return given
-
-
-def _scheduler(given: SchedulerLike | None, optimizer: Optimizer, total_steps: int | None) -> LRScheduler | None:
-    if isinstance(given, ReduceLROnPlateau):
-        raise ArgumentError("scheduler = ReduceLROnPlateau: must be one that is stepped without a metric")
-    if given is None or isinstance(given, LRScheduler):
-        return given
-    if total_steps is None:
-        raise ArgumentError(
-            "scheduler is a function of the number of steps: give epochs with data and batch_size, or total_steps"
-        )
-    return _scheduler(given(optimizer, total_steps), optimizer, total_steps)
-
-
-def _plain_scheduler_state(scheduler: LRScheduler) -> dict[str, Any]:
-    return {key: value for key, value in scheduler.state_dict().items() if not callable(value)}

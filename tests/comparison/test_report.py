@@ -397,6 +397,7 @@ def test_terminal_table_fits_and_grows() -> None:
     console.print(narrow)
     text = console.export_text()
     assert "no difference seen" in text
+    assert "generalized-cross-entropy  better" in text
     assert re.search(r"elr +better +91\.1 +\+4\.7 \[3\.5, 5\.8\] +1\.00×", text)
 
 

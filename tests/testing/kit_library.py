@@ -7,12 +7,12 @@ from equipoise.catalogue import methods
 METHODS = {slug: entry.load() for slug, entry in methods().items() if entry.module.startswith("equipoise.")}
 
 # Settings under which a method takes another path than by default.
-VARIANTS: list[tuple[str, dict[str, object]]] = [
-    ("elr-plus", {"reweight_labels": True, "ramp_steps": 5, "mixup_alpha": 0.0}),
-    ("nested-dropout", {"sigma": 3.0}),
-    ("nested-dropout", {"dropout": 0.3}),
-    ("co-teaching", {"pretrain_epochs": 0, "split_batch": False, "num_gradual": 2}),
-    ("generalized-cross-entropy", {"q": 1.0}),
+VARIANTS: list[tuple[str, dict[str, object], dict[str, str]]] = [
+    ("elr-plus", {"reweight_labels": True, "ramp_steps": 5, "mixup_alpha": 0.0}, {}),
+    ("nested-dropout", {"sigma": 3.0}, {}),
+    ("nested-dropout", {"dropout": 0.3}, {"space": "plain dropout has no sigma"}),
+    ("co-teaching", {"pretrain_epochs": 0, "split_batch": False, "num_gradual": 2}, {}),
+    ("generalized-cross-entropy", {"q": 1.0}, {}),
 ]
 
 SKIPS: dict[str, dict[str, str]] = {

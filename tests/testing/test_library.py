@@ -16,9 +16,9 @@ def test_conformance(slug):
     check_method(METHODS[slug], compile=True, skip=SKIPS.get(slug, {}))
 
 
-@pytest.mark.parametrize(("slug", "settings"), VARIANTS, ids=str)
-def test_conformance_of_variants(slug, settings):
-    check_method(METHODS[slug], settings=settings, skip=SKIPS.get(slug, {}))
+@pytest.mark.parametrize(("slug", "settings", "skips"), VARIANTS, ids=str)
+def test_conformance_of_variants(slug, settings, skips):
+    check_method(METHODS[slug], settings=settings, skip=SKIPS.get(slug, {}) | skips)
 
 
 def test_co_teaching_leaves_modes_alone_unless_it_freezes_batch_norm():
