@@ -197,6 +197,8 @@ def terminal_table(comparison: Comparison, width: int = 80) -> RichTable:
             row.insert(4, "" if arm.baseline else p_value(arm.p))
             row += [ratio(arm.step_time_ratio), ratio(arm.peak_memory_ratio), _whole(arm.inference_parameters)]
         rows.append(row)
+    if width < 76:  # the cost has no room
+        headers, rows = headers[:4], [row[:4] for row in rows]
     # Names get what the other columns leave, and are broken at their hyphens.
     others = [
         max(len(line) for cell in column for line in cell.split("\n")) for column in zip(headers, *rows, strict=True)

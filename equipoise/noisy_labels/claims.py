@@ -1,8 +1,8 @@
 """The claims of the noisy-label papers, as they can be checked on embedded or detected data.
 
-All use Fashion-MNIST pooled to 14x14 and standardised, 4000 training images drawn anew by each seed, the official 10,000 test images, an MLP
-196-256-256-10, SGD with momentum 0.9 and a cosine schedule; "40 % noise" redraws labels uniformly over all classes with
-probability 0.4, so that 36 % are wrong.
+All use Fashion-MNIST pooled to 14x14 and standardised, 4000 training images drawn anew by each seed, the official 10,000 test
+images, an MLP 196-256-256-10, SGD with momentum 0.9 and a cosine schedule; "40 % noise" redraws labels uniformly over all
+classes with probability 0.4, so that 36 % are wrong.
 """
 
 from __future__ import annotations

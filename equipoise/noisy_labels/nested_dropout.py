@@ -191,8 +191,8 @@ class NestedDropout(nn.Module):
     ``torch.initial_seed()``; two layers made so draw the same widths. Raises ``ArgumentError`` (a ``ValueError``).
 
     ``probs`` (D,) float64 is the law, a buffer that no state dict needs. It stays on the CPU, where k is drawn, so that no device
-    must be waited for and no cast changes it. ``keep`` is a buffer, an int64 scalar, at first D. ``held``, an int64 scalar on the layer's device, replaces the
-    draw in training while it is not None (several forward passes with one width).
+    must be waited for and no cast changes it. ``keep`` is a buffer, an int64 scalar, at first D. ``held``, an int64 scalar on the
+    layer's device, replaces the draw in training while it is not None (several forward passes with one width).
     """
 
     probs: Tensor
