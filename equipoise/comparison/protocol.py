@@ -383,7 +383,7 @@ class _Runner:
                 config = None
                 if baseline.config is not None:
                     config = {**baseline.config, "compute": "ensemble", "compute_ratio": ratio}
-                name = f"{baseline.name}, {ratio:g}x compute"
+                name = f"{baseline.name}, >={ratio:g}x compute"
                 found[ratio] = Arm(baseline.cls, name, config, baseline.fixed, matched_ratio=ratio)
         return list(found.values())
 

@@ -193,9 +193,16 @@ def _build(cls: type[Comparison], plan: dict[str, Any], rows: dict[str, Row], fo
         usable = len(mine) == len(theirs) == len(plan["seeds"]) and all(map(math.isfinite, [*mine, *theirs]))
         return statistics.paired_difference(mine, theirs, correction=correction) if usable else None
 
-    rivals = [name for name, arm in described.items() if not arm["baseline"]]
-    estimates = {name: estimate(name, baseline["name"]) for name in rivals}
-    adjusted = dict(zip(rivals, statistics.holm([e.p if e else None for e in estimates.values()]), strict=True))
+    estimates: dict[str, statistics.Estimate | None] = {}
+    adjusted: dict[str, float | None] = {}
+    # Compute-matched baselines are controls: they do not take from the level that the methods share.
+    for control in (False, True):
+        family = [
+            n for n, arm in described.items() if not arm["baseline"] and (arm["matched_ratio"] is not None) == control
+        ]
+        found_here = [estimate(name, baseline["name"]) for name in family]
+        estimates |= dict(zip(family, found_here, strict=True))
+        adjusted |= dict(zip(family, statistics.holm([e.p if e else None for e in found_here]), strict=True))
     flops = {name: _cost(rows, arm, "flops") for name, arm in described.items()}
     matched = _matched(plan, described, estimate, flops, metric, percent, higher)
 
@@ -248,7 +255,7 @@ def _build(cls: type[Comparison], plan: dict[str, Any], rows: dict[str, Row], fo
             )
         )
     checks = [(str(n), bool(ok), str(text)) for n, ok, text in plan["sanity"]] + _checks(plan, rows, results)
-    warnings = [*plan["remarks"], *(f"{name}: {text}" for name, passed, text in checks if not passed)]
+    warnings = [*plan["remarks"], *(text for _, passed, text in checks if not passed)]
     counted = {row.metrics["counted"] for row in rows.values() if row.kind == "final" and row.metrics}
     return cls(
         task=plan["task"],
@@ -359,14 +366,22 @@ def _checks(plan: dict[str, Any], rows: dict[str, Row], arms: list[ArmResult]) -
         (
             "every arm trained",
             not idle,
-            f"not better than chance: {', '.join(idle)}" if idle else "all are better than chance",
+            f"arms that did not train (not better than chance): {', '.join(idle)}"
+            if idle
+            else "all are better than chance",
         ),
         (
             "no best setting on the edge of its space",
             not edges,
-            "; ".join(edges) + " (a wider space may do better)" if edges else "all best settings lie inside",
+            f"best settings on the edge of their space: {'; '.join(edges)} (a wider space may do better)"
+            if edges
+            else "all best settings lie inside",
         ),
-        ("no final run failed", not failed, "; ".join(failed) if failed else f"all {len(finals)} finished"),
+        (
+            "no final run failed",
+            not failed,
+            f"failed final runs: {'; '.join(failed)}" if failed else f"all {len(finals)} finished",
+        ),
         (
             "one version of everything",
             len(mixed) <= 1,

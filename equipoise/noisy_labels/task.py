@@ -55,7 +55,7 @@ class NoisyLabels(SupervisedTask):
     test: float = 0.2
     clean_validation: bool = False
     train_examples: int | None = None
-    standardise: bool = True
+    standardise: bool = False
     data: str | None = None
     target: str | None = None
     test_data: str | None = None

@@ -218,8 +218,11 @@ class Run:
             output = Output.of(target(**inputs) if isinstance(inputs, dict) else target(inputs))
         if tap is not None and output.features is None:
             output.features = tap.take()
-        if output.prediction.dtype in (torch.bfloat16, torch.float16) and self._low_precision():
-            output.prediction = output.prediction.float()
+        if self._low_precision():
+            if output.prediction.is_floating_point():
+                output.prediction = output.prediction.float()
+            if output.features is not None:
+                output.features = output.features.float()
         return output
 
     def training_loss(self, batch: Any) -> Tensor:
