@@ -7,15 +7,11 @@ import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from toy import Broken, Dear, Good, Toy
 
 from equipoise.comparison import Arm, Comparison, compare
