@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -13,14 +15,16 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_python_blocks_run(page: Path) -> None:
+def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = page.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(text))
     if not blocks:
         pytest.skip("no Python block")
     if "from transformers" in text:
         pytest.importorskip("transformers")
-    namespace: dict[str, object] = {"__name__": "docs_page"}
+    module = types.ModuleType("docs_page")
+    monkeypatch.setitem(sys.modules, "docs_page", module)  # dataclasses and pickling look their module up
+    namespace = vars(module)
     for block in blocks:
         line = text[: block.start()].count("\n") + 1
         # Leading newlines make a traceback point at the line in the page.

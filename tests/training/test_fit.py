@@ -149,9 +149,9 @@ def test_bf16_is_used_in_the_model_only_and_float32_is_the_default() -> None:
     plain, half, see = mlp(), mlp(), [See(), See()]
     equipoise.fit(plain, blobs(), epochs=3, methods=[see[0]])
     equipoise.fit(half, blobs(), epochs=3, methods=[see[1]], mixed_precision="bf16")
-    assert set(see[0].features) == {torch.float32}
-    assert set(see[1].features) == {torch.bfloat16}
-    assert set(see[0].prediction) == set(see[1].prediction) == {torch.float32}
+    for seen in see:  # what methods compute with is float32 in both
+        assert set(seen.features) == set(seen.prediction) == {torch.float32}
+    assert any(not torch.equal(a, b) for a, b in zip(plain.parameters(), half.parameters(), strict=True))
     assert {p.dtype for p in half.parameters()} == {torch.float32}
     assert 0 < far(plain, half) < 0.02
 
