@@ -8,6 +8,7 @@ classes with probability 0.4, so that 36 % are wrong.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -87,149 +88,86 @@ PSKD_SOURCE = (
     "Kim et al., ICCV 2021 (CIFAR-100, PreAct ResNet-18: NLL 1.10 to 0.76, ECE 11.84 to 1.77, error 24.18 to 20.82)"
 )
 
+noisy = partial(Claim, task="noisy-labels", reference="cross-entropy", scale=100.0)
+elr = partial(noisy, slug="elr", number=38, settings=NOISY, arms=ELR, method="elr", source=ELR_SOURCE)
+nested = partial(
+    noisy,
+    slug="nested_dropout",
+    number=35,
+    settings={**NOISY, "clean_validation": True},
+    arms=NESTED,
+    method="nested-dropout",
+    source=NESTED_SOURCE,
+)
+ps_kd = partial(noisy, slug="ps_kd", number=36, settings=CLEAN, arms=PSKD, method="ps-kd", source=PSKD_SOURCE)
+
 CLAIMS = [
-    Claim(
-        slug="elr",
-        number=38,
+    elr(
         claim="Under 40 % label noise ELR ends several points more accurate than cross-entropy.",
-        source=ELR_SOURCE,
-        task="noisy-labels",
-        settings=NOISY,
-        arms=ELR,
-        method="elr",
-        reference="cross-entropy",
         at_least=4.0,
-        scale=100.0,
         unit="points of test accuracy at the last epoch",
         remarks=RAW_PIXELS,
     ),
-    Claim(
-        slug="elr",
+    elr(
         name="memorisation",
-        number=38,
         claim="ELR at least halves the share of wrong training labels that the network memorises.",
         source="Liu et al., NeurIPS 2020, Fig. 1 and Sec. 4",
-        task="noisy-labels",
-        settings=NOISY,
-        arms=ELR,
-        method="elr",
-        reference="cross-entropy",
         metric="last.memorised",
         relative=True,
         at_most=-50.0,
-        scale=100.0,
         unit="% change of the memorised share",
     ),
-    Claim(
-        slug="elr",
+    elr(
         name="early-stopping",
-        number=38,
         claim="ELR at its last epoch beats cross-entropy stopped at the epoch that is best on noisy validation labels.",
         source="Liu et al., NeurIPS 2020, Sec. 1 and 4 (early learning is kept, not only stopped in time)",
-        task="noisy-labels",
-        settings=NOISY,
-        arms=ELR,
-        method="elr",
-        reference="cross-entropy",
         reference_metric="best.test_accuracy",
         at_least=0.1,
-        scale=100.0,
         unit="points of test accuracy, ELR's last epoch against cross-entropy's best",
     ),
-    Claim(
-        slug="nested_dropout",
-        number=35,
+    nested(
         claim="Under 40 % label noise nested dropout ends more accurate than cross-entropy.",
-        source=NESTED_SOURCE,
-        task="noisy-labels",
-        settings={**NOISY, "clean_validation": True},
-        arms=NESTED,
-        method="nested-dropout",
-        reference="cross-entropy",
         at_least=2.0,
-        scale=100.0,
         unit="points of test accuracy at the last epoch",
         remarks="Plain dropout takes part: compare its values before crediting the ordering of the features with the gain.",
     ),
-    Claim(
-        slug="nested_dropout",
+    nested(
         name="memorisation",
-        number=35,
         claim="Nested dropout at least halves the share of wrong training labels that the network memorises.",
-        source=NESTED_SOURCE,
-        task="noisy-labels",
-        settings={**NOISY, "clean_validation": True},
-        arms=NESTED,
-        method="nested-dropout",
-        reference="cross-entropy",
         metric="last.memorised",
         relative=True,
         at_most=-50.0,
-        scale=100.0,
         unit="% change of the memorised share",
     ),
-    Claim(
-        slug="nested_dropout",
+    nested(
         name="ordering",
-        number=35,
         claim="Nested dropout orders the features: the first 20 of 256 channels carry what all of cross-entropy's do not.",
         source="Chen et al., TNNLS 2022, Sec. III",
         task=OrderedFeatures,
-        settings={**NOISY, "clean_validation": True},
         arms=(CE, arm("nested-dropout", "nested-dropout", sigma=40.0)),
-        method="nested-dropout",
-        reference="cross-entropy",
         metric="last.test_accuracy_first_20",
         at_least=20.0,
-        scale=100.0,
         unit="points of test accuracy with the first 20 of 256 channels",
     ),
-    Claim(
-        slug="ps_kd",
-        number=36,
+    ps_kd(
         claim="PS-KD lowers the test negative log-likelihood of cross-entropy training by at least 10 %.",
-        source=PSKD_SOURCE,
-        task="noisy-labels",
-        settings=CLEAN,
-        arms=PSKD,
-        method="ps-kd",
-        reference="cross-entropy",
         metric="last.test_nll",
         relative=True,
         at_most=-10.0,
-        scale=100.0,
         unit="% change of test NLL at the last epoch",
         remarks="Label smoothing takes part and is not claimed to be beaten.",
     ),
-    Claim(
-        slug="ps_kd",
+    ps_kd(
         name="calibration",
-        number=36,
         claim="PS-KD lowers the expected calibration error of cross-entropy training.",
-        source=PSKD_SOURCE,
-        task="noisy-labels",
-        settings=CLEAN,
-        arms=PSKD,
-        method="ps-kd",
-        reference="cross-entropy",
         metric="last.test_ece",
         at_most=-0.1,
-        scale=100.0,
         unit="points of test ECE (15 bins) at the last epoch",
     ),
-    Claim(
-        slug="ps_kd",
+    ps_kd(
         name="accuracy",
-        number=36,
         claim="PS-KD costs no more than half a point of accuracy.",
-        source=PSKD_SOURCE,
-        task="noisy-labels",
-        settings=CLEAN,
-        arms=PSKD,
-        method="ps-kd",
-        reference="cross-entropy",
         at_least=-0.5,
-        scale=100.0,
         unit="points of test accuracy at the last epoch",
     ),
 ]
