@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import sys
+from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File
 
 from equipoise import catalogue
 from equipoise.comparison.claims import evidence
+
+sys.path.insert(0, str(Path(__file__).parent))
+from parameters import as_list  # beside this file, which no package holds
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -53,7 +58,7 @@ def page(module: str, entries: list[catalogue.Entry]) -> str:
             "",
             f"`from {module} import {entry.cls}`, on the command line `{entry.slug}`.",
             "",
-            entry.doc,
+            as_list(entry.doc),
             "",
         ]
         parameters = inspect.signature(cls).parameters.values()

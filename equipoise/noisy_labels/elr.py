@@ -20,7 +20,8 @@ Per step and network, with mixup weight `l' = max(l, 1 - l)`, `l ~ Beta(a, a)`, 
 
     T_k[i]  <-  beta T_k[i] + (1 - beta) softmax(averaged network of the other, on the unmixed example)
     T~       =  l' T_k[i] + (1 - l') T_k[j],      y~ = l' y_i + (1 - l') y_j
-    loss_k   =  -sum(y~ log softmax(z)) + ramp(s) lam log(1 - <clamp(softmax(z)), T~>),    z = network k on the mixed example
+    loss_k   =  -sum(y~ log softmax(z)) + ramp(s) lam log(1 - <clamp(softmax(z)), T~>)
+    z        =  logits of network k for the mixed example
     ramp(s)  =  exp(-5 (1 - min(s, S) / S)^2) at step s, 1 for S = 0
 
 after which each average follows its network's weights, and prediction is the mean of the two networks' logits.
