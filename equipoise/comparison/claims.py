@@ -97,18 +97,19 @@ class Claim:
             out=out,
             measure_time=False,
             progress=progress,
+            retry_failed=True,
         )
         runs = comparison.runs()
         finals = runs[runs.kind == "final"].set_index(["arm", "seed"]).sort_index()
+        if (finals.status != "done").any():
+            errors = "; ".join(str(e).split("\n")[0] for e in finals["error"].dropna().unique())
+            raise EquipoiseError(f"claim {self.id}: a final run failed, so nothing was written. {errors}")
         values: dict[str, list[float]] = {}
         for arm, metric in ((self.method, self.metric), (self.reference, self.reference_metric or self.metric)):
             values[f"{arm} ({metric})"] = [float(v) for v in finals.loc[arm][metric]]
         mine, theirs = (
             np.asarray(v) for v in (list(values.values()) if len(values) == 2 else list(values.values()) * 2)
         )
-        if len(mine) < 2 or not np.isfinite([*mine, *theirs]).all():
-            errors = "; ".join(str(e).split("\n")[0] for e in finals["error"].dropna().unique())
-            raise EquipoiseError(f"claim {self.id}: a final run failed, so nothing was written. {errors}")
         if self.relative:
             logs = paired_difference(np.log(mine), np.log(theirs))
             change, low, high = (self.scale * float(np.expm1(v)) for v in (logs.difference, logs.low, logs.high))

@@ -16,7 +16,7 @@ import torch
 from equipoise.comparison.claims import Claim
 from equipoise.noisy_labels.nested_dropout import prefix_logits
 from equipoise.noisy_labels.task import NoisyLabels
-from equipoise.training import Problem, Run
+from equipoise.training import Loader, Problem, Run
 from equipoise.training.features import FeatureTap
 from equipoise.training.metrics import accuracy
 
@@ -43,10 +43,10 @@ class OrderedFeatures(NoisyLabels):
         head = run.head()
         assert isinstance(head, torch.nn.Linear)  # the mlp's
         tap = FeatureTap(head)
-        run.predict(problem.test, run.model)
+        run.predict(Loader(problem.test, len(problem.test)), run.model)
         features = tap.take()
         tap.remove()
-        assert features is not None and len(features) == len(problem.test)
+        assert features is not None  # the head is part of the model
         logits = prefix_logits(features, head.weight.detach(), head.bias)
         return {f"test_accuracy_first_{k}": accuracy(logits[k - 1], problem.test.targets) for k in (10, 20, 50)}
 
