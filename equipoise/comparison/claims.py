@@ -8,7 +8,6 @@ Running one leaves a JSON file in ``evidence/``: what was claimed, what was meas
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -86,7 +85,6 @@ class Claim:
 
     def run(self, out: Path, *, jobs: int = 1, progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
         """Carry the claim's comparison out (rows that are in the store of ``out`` are not run again); return the evidence."""
-        start = time.perf_counter()
         arms = [Arm(slug, name, config) for name, slug, config in self.arms]
         task = catalogue.find("task", self.task).load() if isinstance(self.task, str) else self.task
         comparison = compare(
@@ -116,13 +114,9 @@ class Claim:
             effect = Estimate(change, low, high, logs.p, logs.n)
         else:
             effect = paired_difference(self.scale * mine, self.scale * theirs)
-        others = {
-            arm: {
-                "config": dict(config),
-                "last.test_accuracy": [float(v) for v in finals.loc[arm]["last.test_accuracy"]],
-            }
+        every_arm = {
+            arm: {"config": dict(config), self.metric: [float(v) for v in finals.loc[arm][self.metric]]}
             for arm, _, config in self.arms
-            if "last.test_accuracy" in finals
         }
         return {
             "slug": self.slug,
@@ -142,10 +136,10 @@ class Claim:
             "remarks": self.remarks,
             "command": f"equipoise reproduce {self.id}",
             "versions": versions(),
-            "seconds": round(time.perf_counter() - start, 1),
+            "seconds": round(comparison.seconds, 1),
             "date": date.today().isoformat(),
             "values": values,
-            "arms": others,
+            "arms": every_arm,
         }
 
 
