@@ -61,6 +61,7 @@ ELR = (
     CE,
     arm("elr", "elr", lam=3.0, beta=0.7),
     arm("elr, beta 0.9", "elr", lam=3.0, beta=0.9),
+    arm("elr-plus", "elr-plus", lam=3.0, beta=0.7),
     arm("label-smoothing", "label-smoothing", smoothing=0.1),
     arm("dropout 0.5", "nested-dropout", dropout=0.5),
 )
@@ -68,6 +69,7 @@ NESTED = (
     CE,
     arm("nested-dropout", "nested-dropout", sigma=40.0),
     arm("nested-dropout, sigma 10", "nested-dropout", sigma=10.0),
+    arm("co-teaching", "co-teaching", forget_rate=0.36, sigma=40.0),
     arm("dropout 0.5", "nested-dropout", dropout=0.5),
     arm("dropout 0.8", "nested-dropout", dropout=0.8),
 )
@@ -125,11 +127,21 @@ CLAIMS = [
         at_least=0.1,
         unit="points of test accuracy, ELR's last epoch against cross-entropy's best",
     ),
+    elr(
+        name="plus",
+        claim="ELR+ (two networks, weight averages, mixup) ends more accurate than ELR.",
+        source="Liu et al., NeurIPS 2020, Tab. 3 (Clothing1M: 72.87 to 74.81)",
+        method="elr-plus",
+        reference="elr",
+        at_least=0.5,
+        unit="points of test accuracy at the last epoch",
+        remarks="A setting of the library's own choice. ELR+ costs 2.7 times ELR's training FLOPs.",
+    ),
     nested(
         claim="Under 40 % label noise nested dropout ends more accurate than cross-entropy.",
         at_least=2.0,
         unit="points of test accuracy at the last epoch",
-        remarks="Plain dropout takes part: compare its values before crediting the ordering of the features with the gain.",
+        remarks="Plain dropout takes part, and at rate 0.8 it is better: the gain is not owed to the ordering of the features.",
     ),
     nested(
         name="memorisation",
@@ -149,13 +161,23 @@ CLAIMS = [
         at_least=20.0,
         unit="points of test accuracy with the first 20 of 256 channels",
     ),
+    nested(
+        name="co-teaching",
+        claim="Co-teaching of two networks with nested dropout ends more accurate than nested dropout alone.",
+        source="Chen et al., TNNLS 2022 (Clothing1M: 73.1 to 74.9)",
+        method="co-teaching",
+        reference="nested-dropout",
+        at_least=1.0,
+        unit="points of test accuracy at the last epoch",
+        remarks="Forget rate 0.36, the true share of wrong labels; the last quarter of the epochs is stage two.",
+    ),
     ps_kd(
         claim="PS-KD lowers the test negative log-likelihood of cross-entropy training by at least 10 %.",
         metric="last.test_nll",
         relative=True,
         at_most=-10.0,
         unit="% change of test NLL at the last epoch",
-        remarks="Label smoothing takes part and is not claimed to be beaten.",
+        remarks="Label smoothing takes part and comes close in NLL; in calibration and accuracy it is better.",
     ),
     ps_kd(
         name="calibration",
