@@ -72,7 +72,7 @@ def compare(
         str | None, typer.Option(help="Address of a Ray cluster; without it a local one is started.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the store and the report [equipoise-results/TASK].")
+        Path | None, typer.Option(help="Folder of the store and the report; by default equipoise-results/TASK.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
     timing: Annotated[bool, typer.Option(help="Measure the step-time ratio.")] = True,
@@ -177,13 +177,20 @@ def reproduce(
     everything: Annotated[bool, typer.Option("--all", help="Every claim.")] = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Runs at a time.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder of the stores.")] = Path("equipoise-results/claims"),
-    evidence: Annotated[Path | None, typer.Option(help="Folder for the evidence [evidence].")] = None,
+    evidence: Annotated[
+        Path | None, typer.Option(help="Folder for the evidence; by default the one beside the package.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check papers' claims and write the evidence. Without a name: list the claims."""
     from equipoise.comparison.claims import claims, evidence_folder, select, write
 
     if not names and not everything:
+        if as_json:
+            known = claims().values()
+            keys = ("slug", "number", "claim", "source", "expected")
+            print(json.dumps([{"id": c.id} | {key: getattr(c, key) for key in keys} for c in known], indent=2))
+            return
         for key, claim in sorted(claims().items()):
             typer.echo(f"{key:32s} {claim.claim}")
         return

@@ -115,8 +115,8 @@ class Claim:
         else:
             effect = paired_difference(self.scale * mine, self.scale * theirs)
         every_arm = {
-            arm: {"config": dict(config), self.metric: [float(v) for v in finals.loc[arm][self.metric]]}
-            for arm, _, config in self.arms
+            arm.name: {"config": arm.config, self.metric: [float(v) for v in finals.loc[arm.name][self.metric]]}
+            for arm in comparison.arms  # compute-matched baselines too
         }
         return {
             "slug": self.slug,

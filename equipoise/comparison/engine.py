@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
@@ -97,10 +99,24 @@ def _local(jobs: Iterable[Job], workers: int, _: str | None) -> Iterator[Outcome
     with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
         parallel = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", pre_dispatch=workers, batch_size=1)
         try:
-            yield from parallel(joblib.delayed(execute)(job) for job in jobs)
+            yield from parallel(joblib.delayed(_execute_for)(os.getpid(), job) for job in jobs)
         except BaseException:
             get_reusable_executor().shutdown(wait=False, kill_workers=True)
             raise
+
+
+def _execute_for(parent: int, job: Job) -> Outcome:
+    """``execute`` in a worker that ends with its parent: a parent that was killed could not end it."""
+    name = f"ends with {parent}"
+    if os.getppid() == parent and all(thread.name != name for thread in threading.enumerate()):
+        threading.Thread(target=_end_with, args=(parent,), name=name, daemon=True).start()
+    return execute(job)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _ray(jobs: Iterable[Job], workers: int, address: str | None) -> Iterator[Outcome]:

@@ -11,6 +11,8 @@ Every run is a row of the store: a comparison that was stopped continues where i
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import inspect
 import math
 import platform
 import sys
@@ -18,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +59,13 @@ class Arm:
     def __post_init__(self) -> None:
         if isinstance(self.method, str):
             object.__setattr__(self, "method", catalogue.find("method", self.method).load())
+        from equipoise.training import Method
+
+        if not (isinstance(self.method, type) and issubclass(self.method, Method)):
+            given = self.method.__name__ if isinstance(self.method, type) else repr(self.method)
+            raise ArgumentError(
+                f"method = {given}: must be the slug or the class of a method, which is built for each configuration"
+            )
         if not self.name:
             object.__setattr__(self, "name", self.cls.name)
 
@@ -188,6 +198,22 @@ def versions() -> dict[str, str]:
     return found
 
 
+@lru_cache
+def source_digest(cls: Any) -> str:
+    """Digest of the source of a class that is not ours, so that results of code that was edited are not taken for its own.
+
+    Of its whole module, where its helpers are; of the class alone in a script, which also says how the trial is run. ""
+    for our own classes, which have a version, and where there is no source.
+    """
+    if cls.__module__.split(".")[0] == "equipoise":
+        return ""
+    try:
+        text = inspect.getsource(cls if cls.__module__ == "__main__" else sys.modules[cls.__module__])
+    except (OSError, TypeError, KeyError):
+        return ""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _installed() -> bool:
     try:
         version("equipoise")
@@ -199,6 +225,8 @@ def _installed() -> bool:
 def _arms(task: Task, methods: Sequence[type[Method] | str | Arm] | None) -> list[Arm]:
     if not task.baseline:
         raise ArgumentError(f"{task.name} names no baseline: set the class attribute baseline to a method's slug")
+    if isinstance(methods, str):
+        raise ArgumentError(f"methods = {methods!r}: must be a list. Write methods=[{methods!r}]")
     given = [m if isinstance(m, Arm) else Arm(m) for m in (task.methods if methods is None else methods)]
     if not any(arm.name == task.baseline for arm in given):
         given.insert(0, Arm(task.baseline))
@@ -233,16 +261,19 @@ class _Trial:
         self.tuning_seeds = [TUNING_SEED + i for i in range(tuning_seeds)]
         self.configs, self.timing_rounds = configs, timing_rounds
         self.settings = {**task.fingerprint(), "threads": threads}
+        if source := source_digest(type(task)):  # type: ignore[arg-type]
+            self.settings["task_source"] = source
         self.jobs: dict[str, Job] = {}
         self.versions = versions()
 
     def add(self, arm: Arm, kind: str, config: Mapping[str, Any], seed: int) -> str:
         """Put a row into the store (nothing happens if it is there) and return its key."""
+        method, source = f"{arm.cls.__module__}:{arm.cls.__qualname__}", source_digest(arm.cls)  # type: ignore[arg-type]
         identity = {
             "task": self.task.name,
             "settings": self.settings,
             "arm": arm.name,
-            "method": f"{arm.cls.__module__}:{arm.cls.__qualname__}",
+            "method": f"{method}@{source}" if source else method,
             "kind": kind,
             "config": dict(config),
             "seed": seed,
@@ -401,7 +432,10 @@ class _Runner:
         waiting = [key for key in waiting if key not in finished]
         while waiting:
             for outcome in carry_out(
-                self._claim(waiting), workers or self.jobs, self.engine if not workers else "local", self.address
+                self._claim(waiting),
+                workers or min(self.jobs, len(waiting)),
+                self.engine if not workers else "local",
+                self.address,
             ):
                 self._write(outcome)
                 self._report(1, text)

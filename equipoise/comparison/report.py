@@ -125,7 +125,12 @@ def headline(comparison: Comparison) -> tuple[str, list[str]]:
     same, worse, failed = (groups[verdict] for verdict in ("no difference seen", "worse", None))
     if n == 1 and same:
         low, high = units.difference(arms[0].low), units.difference(arms[0].high)
-        lines.append(f"The data are compatible with anything from {low} to {high}{units.points}, {_cost(arms[0])}.")
+        if arms[0].low == arms[0].high:
+            lines.append(
+                f"The difference is {low}{units.points} on every seed: chance cannot be told, {_cost(arms[0])}."
+            )
+        else:
+            lines.append(f"The data are compatible with anything from {low} to {high}{units.points}, {_cost(arms[0])}.")
     elif n == 1 and worse:
         lines.append(
             f"The difference is {_effect(arms[0].difference, arms[0].low, arms[0].high, units)}, {_cost(arms[0])}."

@@ -361,7 +361,9 @@ def _checks(plan: dict[str, Any], rows: dict[str, Row], arms: list[ArmResult]) -
     idle = sorted({row.arm for row in finals if row.metrics and not row.metrics.get("trained", True)})
     edges = [f"{arm.name}: {', '.join(arm.edges)}" for arm in arms if arm.edges]
     failed = [f"{arm.name}: {arm.failed}" for arm in arms if arm.failed]
-    mixed = {str(sorted((row.versions or {}).items())) for row in rows.values()}
+    mixed = {
+        str(sorted((versions or {}).items())) for versions in (plan["versions"], *(r.versions for r in rows.values()))
+    }
     return [
         (
             "every arm trained",

@@ -37,7 +37,10 @@ VERDICTS: tuple[Verdict, ...] = ("better", "no difference seen", "worse")
 
 @dataclass(frozen=True)
 class Estimate:
-    """A paired difference (arm minus baseline), its interval [low, high], its uncorrected two-sided p and n pairs."""
+    """A paired difference (arm minus baseline), its interval [low, high], its uncorrected two-sided p and n pairs.
+
+    p is NaN where the difference is the same number on every seed, so that nothing tells it from chance.
+    """
 
     difference: float
     low: float
@@ -53,8 +56,8 @@ def paired_difference(values: Values, baseline: Values, *, correction: float = 0
     re-split one data set, else 0. level: of the interval, in (0, 1).
 
     Differences that are all zero give the interval [0, 0] and p = 1. Differences that are all the same number other than
-    zero (up to rounding) give the formula's limit: low = high = difference and p = 0. Both mean that seeds made no
-    difference, as with a deterministic method, and say nothing about other data.
+    zero (up to rounding) give low = high = difference and p = NaN, no test: they come from a deterministic method, or from a
+    metric of few steps such as accuracy, where one more right answer on each of three seeds is chance and no proof.
 
     Raises ``ArgumentError`` for fewer than two pairs, unequal lengths, or a number that is not finite.
     """
@@ -74,7 +77,7 @@ def paired_difference(values: Values, baseline: Values, *, correction: float = 0
     if deviation <= rounding:
         if abs(mean) <= rounding:
             return Estimate(0.0, 0.0, 0.0, 1.0, n)
-        return Estimate(mean, mean, mean, 0.0, n)
+        return Estimate(mean, mean, mean, math.nan, n)
     error = deviation * math.sqrt(1 / n + correction)
     half = float(stdtrit(n - 1, (1 + level) / 2)) * error
     p = 2 * float(stdtr(n - 1, -abs(mean) / error))
@@ -85,7 +88,8 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """p-values corrected by Holm's step-down procedure, in the order given.
 
     The i-th smallest of m (i from 1) is multiplied by m - i + 1, kept at least as large as the one before and at most 1.
-    None or NaN stands for an arm that was not tested (its runs failed): it stays None and does not count in m.
+    None or NaN stands for an arm that was not tested (its runs failed, or differ by the same number on every seed): it
+    stays None and does not count in m.
     """
     tested = [(p, i) for i, p in enumerate(p_values) if p is not None and not math.isnan(p)]
     corrected: list[float | None] = [None] * len(p_values)
@@ -144,13 +148,15 @@ def sentence(
     metric = metric.replace("_", " ")
     unit = " points" if percent else ""
     difference, low, high = (_number(x, estimate, percent) for x in (estimate.difference, estimate.low, estimate.high))
-    interval = f"[{low.lstrip('+')}, {high.lstrip('+')}]" if estimate.low < estimate.high else "on every seed"
+    interval = f"[{low.lstrip('+')}, {high.lstrip('+')}]"
     tail = (f", {_p_value(p_holm)}" if p_holm is not None else "") + f", {estimate.n} seeds"
     if verdict != "no difference seen":
         return f"{name} is {verdict} than {baseline}: {metric} {difference}{unit} {interval}{tail}"
     start = f"no difference seen between {name} and {baseline}: {metric}"
     if estimate.low == estimate.high == 0:
         return f"{start} is the same on each of {estimate.n} seeds"
+    if p_holm is None:
+        return f"{start} {difference}{unit} on each of {estimate.n} seeds, and without any spread chance cannot be told; add seeds"
     if estimate.low <= 0 <= estimate.high:
         return f"{start} {difference}{unit}, the data are compatible with anything from {low} to {high}{unit}{tail}"
     return f"{start} {difference}{unit} {interval} taken alone, which does not stand once corrected for the number of arms{tail}"

@@ -58,8 +58,8 @@ def generalized_cross_entropy(logits: Tensor, targets: Tensor, q: float = 0.7, r
     check_choice("reduction", reduction, REDUCTIONS)
     if q == 0:
         return F.cross_entropy(precise(logits), targets.long(), reduction=reduction)
-    log_p = -F.cross_entropy(precise(logits), targets.long(), reduction="none")
-    return reduce(-torch.expm1(q * log_p) / q, reduction)
+    minus_log_p = F.cross_entropy(precise(logits), targets.long(), reduction="none")
+    return reduce(torch.expm1(-q * minus_log_p) / -q, reduction)
 
 
 # -- the module -------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def elr_penalty(logits: Tensor, soft_targets: Tensor, *, eps: float = 1e-4, redu
     check_logits(logits)
     check_rows("soft_targets", soft_targets, logits)
     _check_eps(eps)
-    return reduce(torch.log1p(-(_clamped_softmax(logits, eps) * soft_targets.detach()).sum(1)), reduction)
+    return reduce(_disagreement(_clamped_softmax(logits, eps), soft_targets.detach()), reduction)
 
 
 @torch.no_grad()
@@ -114,12 +114,7 @@ def update_soft_targets(table: Tensor, index: Tensor, logits: Tensor, *, beta: f
     check_logits(logits, table.shape[1])
     check_range("beta", beta, 0, 1, open_high=True)
     _check_eps(eps)
-    index = index.to(table.device)
-    check_index(index, len(table), len(logits))
-    prediction = _clamped_softmax(logits, eps)
-    rows = beta * table[index] + (1 - beta) * prediction / prediction.sum(1, keepdim=True)
-    write_rows(table, index, rows)
-    return table[index]
+    return _move_rows(table, index, _clamped_softmax(logits, eps), beta)
 
 
 def elr_plus_loss(
@@ -157,6 +152,20 @@ def sigmoid_rampup(step: int, length: int) -> float:
     if length == 0:
         return 1.0
     return math.exp(-5 * (1 - min(max(step, 0), length) / length) ** 2)
+
+
+def _disagreement(probabilities: Tensor, rows: Tensor) -> Tensor:
+    # The constant factor takes the sign, so that nothing more is to be differentiated.
+    return torch.log1p((probabilities * -rows).sum(1))
+
+
+@torch.no_grad()
+def _move_rows(table: Tensor, index: Tensor, probabilities: Tensor, beta: float) -> Tensor:
+    index = index.to(table.device)
+    check_index(index, len(table), len(probabilities))
+    # In place, since with many classes most of the time goes into new memory.
+    share = ((1 - beta) * probabilities).div_(probabilities.sum(1, keepdim=True))
+    return write_rows(table, index, precise(table[index]).mul_(beta).add_(share))
 
 
 def _clamped_softmax(logits: Tensor, eps: float) -> Tensor:
@@ -221,11 +230,12 @@ class ELRLoss(nn.Module):
 
     def penalty(self, logits: Tensor, index: Tensor) -> Tensor:
         """The regulariser alone: updates the rows, then returns ``elr_penalty`` against them (not multiplied by ``lam``)."""
+        check_logits(logits, self.soft_targets.shape[1])
         if not self.training:
-            check_logits(logits, self.soft_targets.shape[1])
             return reduce(precise(logits).new_zeros(len(logits)), self.reduction)
-        rows = update_soft_targets(self.soft_targets, index, logits, beta=self.beta, eps=self.eps)
-        return elr_penalty(logits, rows, eps=self.eps, reduction=self.reduction)
+        probabilities = _clamped_softmax(logits, self.eps)  # once for the update and the penalty
+        rows = _move_rows(self.soft_targets, index, probabilities.detach(), self.beta)
+        return reduce(_disagreement(probabilities, rows), self.reduction)
 
     def suspected_noise(self, labels: Tensor) -> Tensor:
         """Which labels (num_examples,) differ from the class that the table favours: (num_examples,) bool.

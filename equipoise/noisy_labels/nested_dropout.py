@@ -240,7 +240,7 @@ class NestedDropout(nn.Module):
         else:
             width = self.sample_keep() if self.held is None else self.held
         channel = torch.arange(self.num_features, device=x.device).reshape(-1, *[1] * (x.ndim - 2))
-        return x.masked_fill(channel >= width, 0)
+        return torch.where(channel < width, x, 0)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, sigma={self.sigma}, mu={self.mu}"

@@ -152,8 +152,8 @@ class PSKDLoss(nn.Module):
         previous = precise(self.memory[index])
         # In the first epoch nothing was predicted "in the epoch before", even for an example that is drawn twice.
         known = self.seen[index] & (self.epoch > 0)
-        previous = torch.where(known[:, None], previous, _rows(targets, previous))
-        return refine_targets(targets, previous, self.alpha)
+        labels = _rows(targets, previous)
+        return refine_targets(labels, torch.where(known[:, None], previous, labels), self.alpha)
 
     def _remember(self, logits: Tensor, index: Tensor) -> None:
         write_rows(self.memory, index, F.softmax(precise(logits), 1))

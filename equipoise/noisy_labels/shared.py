@@ -54,7 +54,7 @@ def check_rows(name: str, rows: Tensor, logits: Tensor) -> None:
 
 def precise(logits: Tensor) -> Tensor:
     """Half-precision logits in float32, others as they are: softmax and logarithms are never taken in half precision."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
 def reduce(values: Tensor, reduction: str) -> Tensor:

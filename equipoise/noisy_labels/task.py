@@ -88,7 +88,7 @@ class NoisyLabels(SupervisedTask):
 
     def fingerprint(self) -> dict[str, Any]:
         files = {key: fingerprint(path) for key in ("data", "test_data") if (path := getattr(self, key))}
-        return {**self.settings(), **{f"{key}_sha256": value for key, value in files.items()}}
+        return {**super().fingerprint(), **{f"{key}_sha256": value for key, value in files.items()}}
 
     def problem(self, seed: int) -> Problem:
         raw = self._raw()

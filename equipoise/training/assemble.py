@@ -105,6 +105,8 @@ def make_optimizer(given: OptimizerLike, networks: list[nn.Module], before: set[
     """The optimizer over all networks; one made by the user gets the parameters that ``prepare`` added."""
     present = {id(p): p for network in networks for p in network.parameters() if p.requires_grad}
     if not isinstance(given, Optimizer):
+        if not callable(given):
+            raise ArgumentError(f"optimizer = {given!r}: must be a torch Optimizer or return one from parameters")
         optimizer = given(list(present.values()))
         if not isinstance(optimizer, Optimizer):
             raise ArgumentError(

@@ -86,6 +86,9 @@ class Run:
         accelerator: Accelerator | None = None,
         num_workers: int = 0,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            given = model.__name__ if isinstance(model, type) else repr(model)
+            raise ArgumentError(f"model = {given}: must be an instance of torch.nn.Module")
         check_choice("mixed_precision", mixed_precision, ("no", "bf16"))
         check_integer("seed", seed, 0)
         if clip_norm is not None:

@@ -20,8 +20,10 @@ def check_index(index: Tensor, num_examples: int, batch_size: int) -> None:
         raise ArgumentError(
             f"index = {got}: must be int64 of shape ({batch_size},), the examples' positions in the training set"
         )
-    if batch_size and (int(index.min()) < 0 or int(index.max()) >= num_examples):
-        low, high = int(index.min()), int(index.max())
+    if not batch_size:
+        return
+    low, high = map(int, index.aminmax())
+    if low < 0 or high >= num_examples:
         raise ArgumentError(
             f"index = values in [{low}, {high}]: must lie in [0, {num_examples}), the size of the table. "
             "Positions must refer to the whole training set, also when a subset or a sampler draws the batch"
@@ -29,16 +31,21 @@ def check_index(index: Tensor, num_examples: int, batch_size: int) -> None:
 
 
 @torch.no_grad()
-def write_rows(table: Tensor, index: Tensor, rows: Tensor) -> None:
-    """``table[index] = rows``, in place. A repeated position keeps its last row; all processes write all rows."""
+def write_rows(table: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """``table[index] = rows``, in place. A repeated position keeps its last row; all processes write all rows.
+
+    Returns ``table[index]`` as it then is.
+    """
+    given, rows = index, rows.detach().to(table.dtype)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        index, rows = _gather(index, rows.to(table.dtype))
+        index, rows = _gather(index, rows)
     if index.unique().numel() < index.numel():
         positions, inverse = index.unique(return_inverse=True)
         order = torch.arange(index.numel(), device=index.device)
         last = torch.zeros_like(positions).scatter_reduce_(0, inverse, order, "amax")
         index, rows = positions, rows[last]
-    table.index_copy_(0, index, rows.to(table.dtype))
+    table.index_copy_(0, index, rows)
+    return rows if index is given else table[given]
 
 
 def _gather(index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -194,6 +194,12 @@ class SupervisedTask(Task):
             )
         return []
 
+    def fingerprint(self) -> dict[str, Any]:
+        from equipoise.models import source_digest
+
+        source = source_digest(self.model) if ":" in self.model else ""
+        return {**super().fingerprint(), **({"model_source": source} if source else {})}
+
     def problem(self, seed: int) -> Problem:
         """Split, corrupt and preprocess the data of one seed."""
         raise NotImplementedError

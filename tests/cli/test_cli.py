@@ -72,6 +72,14 @@ def test_lists(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         json.loads(capsys.readouterr().out)
     assert call(monkeypatch, "reproduce") == 0
     assert "elr-memorisation" in capsys.readouterr().out
+    assert call(monkeypatch, "reproduce", "--json") == 0
+    assert "elr-memorisation" in {claim["id"] for claim in json.loads(capsys.readouterr().out)}
+
+
+def test_help_says_where_things_go(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Square brackets in a help text would be taken for markup and vanish."""
+    assert call(monkeypatch, "compare", "--help") == 0
+    assert "equipoise-results/TASK" in "".join(capsys.readouterr().out.replace("│", "").split())
 
 
 @pytest.mark.parametrize(
@@ -145,6 +153,21 @@ def test_a_model_of_the_wrong_shape(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     error = refused(monkeypatch, capsys, "compare", "noisy-labels", "--model", "shapes:seven", *QUICK)
     assert "output has shape (2, 7)" in error and "(2, 10)" in error
     assert not Path("equipoise-results").exists()
+
+
+def test_a_model_that_was_edited_runs_again() -> None:
+    words = ["--methods", "elr", "--model", "edited_net:net", *QUICK, "--json", "--out", "out"]
+    parameters = []
+    for width in (8, 16):
+        Path("edited_net.py").write_text(
+            "import torch\n"
+            "def net(input_shape, num_outputs):\n"
+            f"    layers = torch.nn.Flatten(), torch.nn.Linear(64, {width}), torch.nn.Linear({width}, 10)\n"
+            "    return torch.nn.Sequential(*layers)\n"
+        )
+        document = json.loads(_run("compare", "noisy-labels", *words).communicate()[0])
+        parameters.append(document["arms"][0]["inference_parameters"])
+    assert parameters[0] < parameters[1]
 
 
 def test_a_corrupt_store_is_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,30 @@ def test_a_finished_row_never_runs_twice(tmp_path: Path) -> None:
     assert more.arm("good").values[:3] == first.arm("good").values
 
 
+def test_a_method_that_was_edited_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = compare(Toy(), [Good], seeds=2, configs=1, out=tmp_path, measure_time=False)
+    monkeypatch.setattr("equipoise.comparison.protocol.source_digest", lambda cls: "edited" if cls is Good else "")
+    again = compare(Toy(), [Good], seeds=2, configs=1, out=tmp_path, measure_time=False)
+    with Store(first.store) as store:
+        assert len(store.rows(arm="good")) == 2 * (1 + 2 + 1)
+    assert figures(first) == figures(again)
+
+
+def test_source_tells_versions_of_a_users_method_apart() -> None:
+    from equipoise.comparison.protocol import source_digest
+    from equipoise.noisy_labels import ELR
+
+    assert len(source_digest(Good)) == 16
+    assert source_digest(ELR) == ""  # ours: the version tells
+
+
+def test_old_rows_under_a_new_version_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare(Toy(), [Good], seeds=2, configs=1, out=tmp_path, measure_time=False)
+    monkeypatch.setattr("equipoise.comparison.protocol.versions", lambda: {"equipoise": "99"})
+    again = compare(Toy(), [Good], seeds=2, configs=1, out=tmp_path, measure_time=False)
+    assert any("different versions" in warning for warning in again.warnings)
+
+
 def _child(out: Path, log: Path) -> None:
     compare(Toy(log=str(log), pause=0.002), [Good, Dear], seeds=3, configs=4, out=out)
 
@@ -157,6 +183,49 @@ def test_jobs_give_the_same_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_no_more_workers_than_rows(tmp_path: Path) -> None:
+    found = compare(Toy(), [Good], seeds=2, configs=1, jobs=10**13, out=tmp_path, measure_time=False)
+    assert found.failed == 0
+
+
+def _trial_with_workers(out: Path) -> None:
+    os.setsid()
+    compare(Toy(pause=0.3), [Good], seeds=9, configs=9, out=out, jobs=2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to see the workers")
+def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    child = multiprocessing.get_context("spawn").Process(target=_trial_with_workers, args=(tmp_path,))
+    child.start()
+
+    def members() -> list[str]:
+        """Living processes of the child's session."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = path.read_text().rpartition(")")[2].split()
+                found += [path.parent.name] if fields[3] == str(child.pid) and fields[0] not in "ZX" else []
+        return found
+
+    def until(reached: Callable[[], bool]) -> bool:
+        end = time.monotonic() + 30
+        while not reached() and time.monotonic() < end:
+            time.sleep(0.2)
+        return reached()
+
+    def some_done() -> bool:
+        with contextlib.suppress(StoreError), Store(tmp_path / "store.sqlite") as store:
+            return store.counts()["done"] > 2
+        return False
+
+    assert until(some_done)
+    child.kill()
+    child.join()
+    assert until(lambda: not members())
+
+
+@pytest.mark.slow
 def test_ray_gives_the_same_bits(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     assert figures(_real(tmp_path / "one")) == figures(_real(tmp_path / "ray", jobs=2, engine="ray"))
@@ -195,6 +264,19 @@ def test_unknown_names_get_a_suggestion(tmp_path: Path) -> None:
         compare("noisy-labels", settings={"dateset": "digits"}, out=tmp_path)
     with pytest.raises(ArgumentError, match="more than once"):
         compare(Toy(), [Good, Good], out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ("elr", r"methods = 'elr': must be a list. Write methods=\['elr'\]"),
+        ([Good()], "method = .*Good.*: must be the slug or the class of a method"),
+        ([int], "method = int: must be the slug or the class of a method"),
+    ],
+)
+def test_what_is_no_method(tmp_path: Path, methods: Any, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        compare(Toy(), methods, out=tmp_path)
 
 
 def test_reading_what_is_not_there(tmp_path: Path) -> None:

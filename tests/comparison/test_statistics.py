@@ -67,7 +67,16 @@ def test_the_same_difference_on_every_seed() -> None:
         warnings.simplefilter("error")
         found = paired_difference(shifted, baseline)
     assert found.low == found.difference == found.high == pytest.approx(0.1)
-    assert found.p == 0.0
+    assert np.isnan(found.p)
+
+
+def test_one_more_right_answer_on_every_seed_is_no_proof() -> None:
+    """Accuracies on 359 examples move in steps: the same small difference on three seeds is chance, not p = 0."""
+    ours, theirs = np.array([335, 337, 336]) / 359, np.array([334, 336, 335]) / 359
+    found = paired_difference(ours, theirs, correction=1 / 3)
+    adjusted = holm([found.p, 0.03])
+    assert adjusted == [None, 0.03]
+    assert verdict(found, adjusted[0], True) == "no difference seen"
 
 
 def test_refuses_what_cannot_be_estimated() -> None:
@@ -225,8 +234,9 @@ def test_sentences_without_any_spread() -> None:
     )
     shifted = paired_difference([0.75, 0.85, 0.5], [0.5, 0.6, 0.25])
     assert (
-        sentence("a", "b", shifted, "better", "accuracy", p_holm=0.0, percent=True)
-        == "a is better than b: accuracy +25.0 points on every seed, Holm p < 0.001, 3 seeds"
+        sentence("a", "b", shifted, verdict(shifted, None, True), "accuracy", p_holm=None, percent=True)
+        == "no difference seen between a and b: accuracy +25.0 points on each of 3 seeds, "
+        "and without any spread chance cannot be told; add seeds"
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from equipoise.errors import ArgumentError
-from equipoise.models import MLP, NAMES, Classifier, ConvNet, Linear, build
+from equipoise.models import MLP, NAMES, Classifier, ConvNet, Linear, build, source_digest
 from equipoise.training.features import find_head
 
 SHAPES = [(1, 8, 8), (1, 14, 14), (3, 28, 28), (3, 1, 5), (1, 40)]
@@ -211,3 +211,13 @@ def test_modules_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.Mon
 def test_unknown_name() -> None:
     with pytest.raises(ArgumentError, match=r"model = 'mpl'.*'package.module:factory'. Did you mean 'mlp'"):
         build("mpl", (4,), 2)
+
+
+def test_the_digest_of_a_factory_is_that_of_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, width in (("digest_one", 8), ("digest_same", 8), ("digest_other", 9)):
+        (tmp_path / f"{name}.py").write_text(f"import torch\ndef net():\n    return torch.nn.Linear(4, {width})\n")
+    one, same, other = (source_digest(f"{name}:net") for name in ("digest_one", "digest_same", "digest_other"))
+    assert len(one) == 16
+    assert one == same != other
+    assert source_digest("builtins:dict") == ""

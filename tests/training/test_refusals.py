@@ -312,12 +312,19 @@ def test_find_head() -> None:
         ({"checkpoint_every": 3}, "checkpoint = None"),
         ({"resume": True}, "checkpoint = None"),
         ({"optimizer": lambda p: 3}, "optimizer = int: must be a torch Optimizer"),
+        ({"optimizer": "sgd"}, "optimizer = 'sgd': must be a torch Optimizer"),
         ({"scheduler": lambda o, n: torch.optim.lr_scheduler.ReduceLROnPlateau(o)}, "ReduceLROnPlateau"),
     ],
 )
 def test_arguments_of_fit(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         equipoise.fit(Broken(), blobs(), **{"epochs": 1, **settings})
+
+
+@pytest.mark.parametrize(("model", "given"), [(None, "None"), (nn.Linear, "Linear")])
+def test_a_model_is_an_instance(model: Any, given: str) -> None:
+    with pytest.raises(ArgumentError, match=f"model = {given}: must be an instance"):
+        equipoise.fit(model, (torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)), epochs=1)
 
 
 def test_unknown_arguments() -> None:

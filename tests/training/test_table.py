@@ -18,15 +18,16 @@ def test_rows_are_written_and_the_last_of_a_repeated_position_stays() -> None:
         rows = torch.rand(5, 2, generator=generator)
         for position, row in zip(index, rows, strict=True):
             wanted[position] = row
-        write_rows(table, index, rows)
-        assert torch.equal(table, wanted)
+        kept = write_rows(table, index, rows)
+        assert torch.equal(table, wanted) and torch.equal(kept, table[index])
 
 
 def test_any_shape_any_type_no_graph() -> None:
     table = torch.zeros(4)
     rows = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    write_rows(table, torch.tensor([3, 0]), rows)
+    kept = write_rows(table, torch.tensor([3, 0]), rows)
     assert table.tolist() == [1, 0, 0, 1] and not table.requires_grad
+    assert kept.dtype == table.dtype and not kept.requires_grad
     deep = torch.zeros(4, 2, 3, dtype=torch.bfloat16)
     write_rows(deep, torch.tensor([1, 1]), torch.stack([torch.ones(2, 3), torch.full((2, 3), 2.0)]))
     assert deep[1].eq(2).all() and deep.sum() == 12
