@@ -120,7 +120,8 @@ def compare(
     else:
         print_report(found)
     if found.failed:
-        print(f"error: {found.failed} final runs failed; see {found.report}", file=sys.stderr)
+        causes = [arm.sentence for arm in found.arms if arm.failed]
+        print(f"error: {found.failed} final runs or arms failed ({causes[0]}); see {found.report}", file=sys.stderr)
         raise typer.Exit(1)
 
 
@@ -194,6 +195,8 @@ def reproduce(
         for key, claim in sorted(claims().items()):
             typer.echo(f"{key:32s} {claim.claim}")
         return
+    if names and everything:
+        raise ArgumentError(f"names = {names}: --all runs every claim; give either")
     documents = []
     for claim in claims().values() if everything else select(names or []):
         with _progress(as_json, claim.id) as watch:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from equipoise import catalogue
 from equipoise.comparison.engine import ENGINES, Job, Outcome, carry_out
 from equipoise.comparison.store import Store
-from equipoise.errors import ArgumentError, StoreError, check_choice, check_integer
+from equipoise.errors import ArgumentError, StoreError, check_choice, check_integer, suggestion
 
 if TYPE_CHECKING:
     from equipoise.comparison.result import Comparison
@@ -151,6 +151,8 @@ def compare(
     check_integer("jobs", jobs, 1)
     check_integer("threads", threads, 1)
     check_choice("engine", engine, ENGINES)
+    if address is not None and engine != "ray":
+        raise ArgumentError(f"address = {address!r}: is for engine='ray' only")
     problem = _task(task, settings)
     arms = _arms(problem, methods)
     remarks = problem.check()
@@ -176,15 +178,25 @@ def compare(
             "tuning_seeds": tuning_seeds,
             "threads": threads,
             "remarks": remarks,
-            "sanity": [list(check) for check in problem.sanity(0)],
+            "sanity": _sanity(problem, seeds),
             "versions": versions(),
             "command": command or "",
-            "arms": [trial.describe(arm) for arm in run.arms],
+            "arms": [{**trial.describe(arm), "control": run.controls.get(arm.name)} for arm in run.arms],
         }
         store.save_plan(plan, command=command or "")
     from equipoise.comparison.result import Comparison
 
     return Comparison.load(folder)
+
+
+def _sanity(task: Task, seeds: int) -> list[list[Any]]:
+    """The task's checks of every final seed: of each check the first that failed, else the first."""
+    found: dict[str, list[Any]] = {}
+    for seed in range(seeds):
+        for name, passed, text in task.sanity(seed):
+            if name not in found or (found[name][1] and not passed):
+                found[name] = [name, passed, text]
+    return list(found.values())
 
 
 def versions() -> dict[str, str]:
@@ -239,7 +251,22 @@ def _arms(task: Task, methods: Sequence[type[Method] | str | Arm] | None) -> lis
         )
     if len(given) < 2:
         raise ArgumentError(f"methods = {names}: must hold at least one method beside the baseline")
+    for arm in given:
+        _check_settings(task, arm)
     return given
+
+
+def _check_settings(task: Task, arm: Arm) -> None:
+    """Refuse settings of an arm that neither the task nor the method knows, or that the method refuses."""
+    config = arm.fixed if arm.config is None else arm.config
+    known = [*task.space(), *(f"{arm.cls.name}.{name}" for name in inspect.signature(arm.cls).parameters)]
+    for key in config:
+        if key not in known:
+            raise ArgumentError(
+                f"{key} = {config[key]!r} of arm {arm.name!r}: is no setting of {task.name} or {arm.cls.name}. "
+                f"{suggestion(key, known)} Known: {', '.join(known)}"
+            )
+    task.build_method(arm.cls, config)
 
 
 class _Trial:
@@ -354,6 +381,7 @@ class _Runner:
         self.trial, self.store = trial, trial.store
         self.jobs, self.engine, self.address = jobs, engine, address
         self.arms: list[Arm] = []
+        self.controls: dict[str, str] = {}  # a dear arm's name, and its compute-matched baseline's
         self.total = self.done = 0
 
     def go(self, arms: list[Arm]) -> None:
@@ -409,12 +437,14 @@ class _Runner:
         found: dict[float, Arm] = {}
         for arm in arms:
             flops = self._flops(arm)
-            ratio = round(flops / base, 1) if flops is not None else 1.0
+            # Rounded up, so that the control never has less compute than the arm.
+            ratio = math.ceil(flops / base * 10 - 1e-6) / 10 if flops is not None else 1.0
             if ratio > DEAR and self.trial.task.matched_space(ratio) is not None:
                 config = None
                 if baseline.config is not None:
                     config = {**baseline.config, "compute": "ensemble", "compute_ratio": ratio}
-                name = f"{baseline.name}, >={ratio:g}x compute"
+                name = f"{ratio:g}x {baseline.name}"
+                self.controls[arm.name] = name
                 found[ratio] = Arm(baseline.cls, name, config, baseline.fixed, matched_ratio=ratio)
         return list(found.values())
 

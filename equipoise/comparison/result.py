@@ -204,7 +204,7 @@ def _build(cls: type[Comparison], plan: dict[str, Any], rows: dict[str, Row], fo
         estimates |= dict(zip(family, found_here, strict=True))
         adjusted |= dict(zip(family, statistics.holm([e.p if e else None for e in found_here]), strict=True))
     flops = {name: _cost(rows, arm, "flops") for name, arm in described.items()}
-    matched = _matched(plan, described, estimate, flops, metric, percent, higher)
+    matched = _matched(described, estimate, metric, percent, higher)
 
     results = []
     for name, arm in described.items():
@@ -328,22 +328,14 @@ def _metrics(rows: dict[str, Row], arm: dict[str, Any]) -> DataFrame:
 
 
 def _matched(
-    plan: dict[str, Any],
     described: dict[str, dict[str, Any]],
     estimate: Any,
-    flops: dict[str, int | None],
     metric: str,
     percent: bool,
     higher: bool,
 ) -> dict[str, dict[str, Any]]:
     """Dear arms against the baseline that was given their compute; these tests are a family of their own."""
-    reference = next(arm["name"] for arm in plan["arms"] if arm["baseline"])
-    by_ratio = {arm["matched_ratio"]: name for name, arm in described.items() if arm["matched_ratio"] is not None}
-    pairs = {}
-    for name, arm in described.items():
-        ratio = _ratio(flops[name], flops[reference])
-        if ratio is not None and arm["matched_ratio"] is None and round(ratio, 1) in by_ratio:
-            pairs[name] = by_ratio[round(ratio, 1)]
+    pairs = {name: arm["control"] for name, arm in described.items() if arm["control"] is not None}
     estimates = {name: estimate(name, other) for name, other in pairs.items()}
     adjusted = dict(zip(pairs, statistics.holm([e.p if e else None for e in estimates.values()]), strict=True))
     found = {}

@@ -238,7 +238,7 @@ class SupervisedTask(Task):
         problem = cached_problem(self, seed)
         ratio = float(config.get("compute_ratio", 1.0))
         members = math.ceil(ratio) if config.get("compute") == "ensemble" else 1
-        epochs = round(self.epochs * ratio) if config.get("compute") == "longer" else self.epochs
+        epochs = math.ceil(self.epochs * ratio) if config.get("compute") == "longer" else self.epochs
         trials = [self._train(problem, method, config, seed, member, epochs) for member in range(members)]
         counted = "best" if config.get("early_stopping") else "last"
         metrics = trials[0][0]
@@ -247,23 +247,24 @@ class SupervisedTask(Task):
             metrics = {
                 which: self.measure(problem, _average([trial[1][which] for trial in trials])) for which in metrics
             }
-        chance = metrics["best"].get(f"validation_{self.metric}", math.nan)
         return RunResult(
             metrics,
             counted,
-            trials[0][2],
+            trials[0][2] if members == 1 else [],
             {"train": len(problem.train), "validation": len(problem.validation), "test": len(problem.test)},
-            trained=self.learned(problem, chance),
+            trained=self.learned(problem, metrics["best"]),
         )
 
-    def learned(self, problem: Problem, score: float) -> bool:
-        """Whether a validation score shows that a run learned anything: for accuracy, better than 1.2 times chance."""
-        return self.metric != "accuracy" or score > 1.2 / problem.num_outputs
+    def learned(self, problem: Problem, metrics: Mapping[str, float]) -> bool:
+        """Whether a run learned anything: balanced accuracy on validation data two standard errors above chance."""
+        chance = 1 / problem.num_outputs
+        margin = 2 * math.sqrt(chance * (1 - chance) / len(problem.validation))
+        return metrics.get("validation_balanced_accuracy", 1.0) > chance + margin
 
     def cost(self, method: type[Method], config: Config, seed: int) -> Cost:
         problem = cached_problem(self, seed)
         ratio = float(config.get("compute_ratio", 1.0))
-        epochs = round(self.epochs * ratio) if config.get("compute") == "longer" else self.epochs
+        epochs = math.ceil(self.epochs * ratio) if config.get("compute") == "longer" else self.epochs
         cost = measure(lambda: self._fit(problem, method, config, seed, 0, epochs, lambda run: {}).inference_model)
         if config.get("compute") == "ensemble":
             members = math.ceil(ratio)
@@ -274,7 +275,8 @@ class SupervisedTask(Task):
         problem = cached_problem(self, seed)
         start = time.perf_counter()
         self._fit(problem, method, config, seed, 0, min(self.epochs, 4), lambda run: {})
-        return time.perf_counter() - start
+        members = math.ceil(config.get("compute_ratio", 1.0)) if config.get("compute") == "ensemble" else 1
+        return (time.perf_counter() - start) * members
 
     def matched_space(self, ratio: float) -> Space:
         return {"compute": Choice(("longer", "ensemble"))}

@@ -77,9 +77,9 @@ def test_a_dear_arm_meets_a_baseline_with_as_much_compute(tmp_path: Path) -> Non
     assert dear.step_time_ratio == pytest.approx(3.0)
     assert dear.verdict == "better"
     assert dear.matched is not None
-    assert dear.matched["name"] == "cross-entropy, >=3x compute"
+    assert dear.matched["name"] == "3x cross-entropy"
     assert dear.matched["verdict"] == "worse"
-    assert found.arm("cross-entropy, >=3x compute").config["compute"] == "ensemble"
+    assert found.arm("3x cross-entropy").config["compute"] == "ensemble"
 
 
 def test_a_broken_arm_does_not_stop_the_others(tmp_path: Path) -> None:
@@ -292,3 +292,17 @@ def test_a_method_of_another_package_takes_part(tmp_path: Path) -> None:
     found = compare(Toy(), [Arm(Good, name="good again"), Good], seeds=2, configs=2, out=tmp_path, measure_time=False)
     assert found.arm("good again").values == found.arm("good").values
     assert time.perf_counter() - start < 30
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        (Arm(Good, fixed={"good.strenght": 1.0}), "Did you mean 'good.strength'"),
+        (Arm(Good, fixed={"learning_rate": 1.0}), "is no setting of toy or good"),
+        (Arm(Good, config={"lr": 0.1, "dear.strength": 1.0}), "is no setting of toy or good"),
+    ],
+)
+def test_settings_that_do_not_exist_are_refused_before_any_run(tmp_path: Path, arm: Arm, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        compare(Toy(), [arm], out=tmp_path)
+    assert not list(tmp_path.iterdir())
