@@ -171,7 +171,8 @@ def _move_rows(table: Tensor, index: Tensor, probabilities: Tensor, beta: float)
 def _clamped_softmax(logits: Tensor, eps: float) -> Tensor:
     # Never in half precision: 1 - 1e-4 rounds to 1 in bfloat16, and the clamp would do nothing.
     probabilities = F.softmax(precise(logits), 1)
-    return probabilities.clamp(eps, 1 - eps) if eps > 0 else probabilities
+    # hardtanh is clamp, with a gradient in one pass instead of four.
+    return F.hardtanh(probabilities, eps, 1 - eps) if eps > 0 else probabilities
 
 
 def _check_eps(eps: float) -> None:

@@ -85,7 +85,7 @@ def _rows(targets: Tensor, like: Tensor) -> Tensor:
         check_rows("targets", targets, like)
         return targets.detach().to(like.dtype)
     check_labels(targets, len(like), like.shape[1])
-    return F.one_hot(targets.long(), like.shape[1]).to(like.dtype)
+    return torch.zeros_like(like).scatter_(1, targets.long()[:, None], 1)  # one_hot would count in int64 first
 
 
 # -- the module -------------------------------------------------------------------------------------------------------
