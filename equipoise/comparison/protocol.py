@@ -21,11 +21,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from equipoise import catalogue
+from equipoise import __version__, catalogue
 from equipoise.comparison.engine import ENGINES, Job, Outcome, carry_out
 from equipoise.comparison.store import Store
 from equipoise.errors import ArgumentError, StoreError, check_choice, check_integer, suggestion
@@ -204,7 +203,7 @@ def versions() -> dict[str, str]:
     import numpy
     import torch
 
-    found = {"equipoise": version("equipoise") if _installed() else "source", "python": platform.python_version()}
+    found = {"equipoise": __version__, "python": platform.python_version()}
     found |= {"torch": str(torch.__version__), "numpy": numpy.__version__}
     found["machine"] = f"{platform.system()} {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     return found
@@ -224,14 +223,6 @@ def source_digest(cls: Any) -> str:
     except (OSError, TypeError, KeyError):
         return ""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _installed() -> bool:
-    try:
-        version("equipoise")
-    except Exception:
-        return False
-    return True
 
 
 def _arms(task: Task, methods: Sequence[type[Method] | str | Arm] | None) -> list[Arm]:
