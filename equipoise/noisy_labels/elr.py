@@ -165,7 +165,7 @@ def _move_rows(table: Tensor, index: Tensor, probabilities: Tensor, beta: float)
     check_index(index, len(table), len(probabilities))
     # In place, since with many classes most of the time goes into new memory.
     share = ((1 - beta) * probabilities).div_(probabilities.sum(1, keepdim=True))
-    return write_rows(table, index, precise(table[index]).mul_(beta).add_(share))
+    return write_rows(table, index, precise(table.index_select(0, index)).mul_(beta).add_(share))
 
 
 def _clamped_softmax(logits: Tensor, eps: float) -> Tensor:

@@ -149,9 +149,9 @@ class PSKDLoss(nn.Module):
         """The refined targets (N, C) of a batch, without change of state."""
         index = index.to(self.memory.device)
         check_index(index, len(self.memory), len(targets))
-        previous = precise(self.memory[index])
+        previous = precise(self.memory.index_select(0, index))
         # In the first epoch nothing was predicted "in the epoch before", even for an example that is drawn twice.
-        known = self.seen[index] & (self.epoch > 0)
+        known = self.seen.index_select(0, index) & (self.epoch > 0)
         labels = _rows(targets, previous)
         return refine_targets(labels, torch.where(known[:, None], previous, labels), self.alpha)
 
