@@ -330,7 +330,8 @@ class ELRPlus(Method):
     peer: a ready second network (a copy of it is trained); by default one like the model with fresh weights, see ``make_peer``.
 
     The loss of the run is the sum of both networks' losses; evaluation uses the mean of their logits. A gradient clipped by
-    norm is clipped over both. There is no neutral setting: a second network remains where lam and mixup are 0.
+    norm is clipped over both. With lam and mixup_alpha 0 the first network trains as the baseline does; prediction still takes
+    the mean of two.
     """
 
     name = "elr-plus"
@@ -341,7 +342,7 @@ class ELRPlus(Method):
         "https://arxiv.org/abs/2007.00151",
     )
     space: ClassVar[Space] = {"lam": LogUniform(1, 10), "beta": Uniform(0.5, 0.95)}
-    neutral = None
+    neutral: ClassVar[Mapping[str, Any] | None] = {"lam": 0.0, "mixup_alpha": 0.0}
 
     def __init__(
         self,
