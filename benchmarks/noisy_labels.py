@@ -232,7 +232,8 @@ def prefixes(bench: Bench, classes: int, rows: int = 2_000, width: int = 512) ->
         whole: lambda: select_keep(prefix_logits(features, head.weight, head.bias), targets),
     }
     title = f"prefixes, D = {width}, N = {rows}, C = {classes}"
-    bench.table(title, bench.measure(works, repeats=3), naive, at_least={streaming: STREAMING[classes], whole: WHOLE[classes]})
+    wanted = {streaming: STREAMING[classes], whole: WHOLE[classes]}
+    bench.table(title, bench.measure(works, repeats=3), naive, at_least=wanted)
     counts = correct_by_prefix([features], [head], targets)
     selection = select_keep(prefix_logits(features, head.weight, head.bias), targets)
     same = torch.equal(counts, masked_passes(features, head, targets))
