@@ -94,7 +94,7 @@ def capacity(rounds: int = 3) -> float:
         for _ in range(rounds):
             (alone,) = parallel([joblib.delayed(work)()])
             together = parallel([joblib.delayed(work)() for _ in range(JOBS)])
-            ratios.append(alone * JOBS / max(together))
+            ratios.append(sum(alone / seconds for seconds in together))
     return sorted(ratios)[rounds // 2]
 
 
