@@ -171,7 +171,7 @@ def _move_rows(table: Tensor, index: Tensor, probabilities: Tensor, beta: float)
 def _clamped_softmax(logits: Tensor, eps: float) -> Tensor:
     # Never in half precision: 1 - 1e-4 rounds to 1 in bfloat16, and the clamp would do nothing.
     probabilities = F.softmax(precise(logits), 1)
-    # hardtanh is clamp, with a gradient in one pass instead of four.
+    # hardtanh is clamp with a gradient in one pass instead of four; it ends the gradient at eps and 1 - eps themselves too.
     return F.hardtanh(probabilities, eps, 1 - eps) if eps > 0 else probabilities
 
 
