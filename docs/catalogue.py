@@ -74,5 +74,7 @@ def page(module: str, entries: list[catalogue.Entry]) -> str:
         for document in found:
             measured = "{effect:+.3g} [{low:+.3g}, {high:+.3g}] {unit}, n = {n}".format(**document["measured"])
             lines.append(f"| {document['claim']} | {document['expected']} | {measured} | **{document['verdict']}** |")
+        remarks = [f"- {document['claim']} *{document['remarks']}*" for document in found if document["remarks"]]
+        lines += ["", "Remarks:", "", *remarks] if remarks else []
         lines += ["", f"Run it again: `equipoise reproduce {module.rsplit('.', 1)[-1]}`.", ""]
     return "\n".join(lines) + "\n"

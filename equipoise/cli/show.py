@@ -43,6 +43,7 @@ def show_method(entry: Entry, as_json: bool) -> None:
             "claim": document["claim"],
             "verdict": document["verdict"],
             "measured": "{effect:+.3g} [{low:+.3g}, {high:+.3g}] {unit}".format(**document["measured"]),
+            "remarks": document["remarks"],
         }
         for document in found
     ]
