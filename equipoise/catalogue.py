@@ -1,7 +1,7 @@
 """The catalogue: which methods and tasks there are. Reads sources instead of importing them, so that listing needs no torch.
 
 A method is a class with a literal ``name = "slug"`` in a module of a family's folder; a task is one in a module called
-``task`` or ``task_*``. Nothing else registers them. Packages of others register by entry point, in the groups
+``task`` or ``task_*``; files called ``claims*`` are not read. Nothing else registers them. Packages of others register by entry point, in the groups
 ``equipoise.methods`` and ``equipoise.tasks`` (``slug = "package.module:Class"``); these are imported when they are listed.
 """
 
@@ -71,7 +71,7 @@ def _entries() -> tuple[Entry, ...]:
     found: dict[tuple[str, str], Entry] = {}
     for family in families():
         for path in sorted((ROOT / family).glob("*.py")):
-            if path.stem == "claims":
+            if path.stem.startswith("claims"):
                 continue
             for entry in _scan(path, family):
                 found[entry.kind, entry.slug] = entry

@@ -59,7 +59,8 @@ def show_task(entry: Entry, as_json: bool) -> None:
         {"setting": f.name.replace("_", "-"), "default": None if f.default is MISSING else f.default}
         for f in fields(cls)
     ]
-    space = {name: str(dimension) for name, dimension in cls().space().items()}
+    task = cls()
+    space = {name: str(dimension) for name, dimension in task.space().items()}
     if as_json:
         document = {
             "slug": entry.slug,
@@ -70,7 +71,7 @@ def show_task(entry: Entry, as_json: bool) -> None:
         }
         print(
             json.dumps(
-                document | {"metric": cls.metric, "baseline": cls.baseline, "methods": cls.methods},
+                document | {"metric": task.metric, "baseline": task.baseline, "methods": task.methods},
                 indent=2,
                 default=str,
             )
@@ -81,7 +82,7 @@ def show_task(entry: Entry, as_json: bool) -> None:
     _markdown(console, entry.page + "\n\n" + "\n".join(f"    {line}" for line in entry.doc.split("\n")[2:]))
     _table(console, "Settings", settings)
     _table(console, "Tuned for every arm", [{"setting": k, "range": v} for k, v in space.items()])
-    console.print(f"\nMetric: {cls.metric}. Baseline: {cls.baseline}. Enter by default: {', '.join(cls.methods)}.")
+    console.print(f"\nMetric: {task.metric}. Baseline: {task.baseline}. Enter by default: {', '.join(task.methods)}.")
 
 
 def _console() -> Any:

@@ -7,6 +7,7 @@ text never shrinks. Colours are classes of the style sheet. Curves cannot be giv
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -276,12 +277,7 @@ def cost(units: Units, arms: Sequence[ArmResult], higher: bool) -> Figure | None
     parts = level(vertical, height, -8)
     parts += [line("grid", horizontal.x(t), 0, horizontal.x(t), height) for t in horizontal.ticks]
     parts += [words(f"{horizontal.text(t)}×", horizontal.x(t), height + 18, "tick", "middle") for t in horizontal.ticks]
-    for i, label_y in place(points, named, height).items():
-        (x, y), side = points[i], 1 if points[i][0] < 0.5 else -1
-        leader = tag("path", class_="leader", d=f"M{6 * side},{y:.1f}L{16 * side},{label_y:.1f}")
-        anchor, down = "start" if side > 0 else "end", round(label_y + 4, 1)
-        name = label(found[i][0].name, NARROW - 3, WIDE - 25, f"{19 * side}", down, "label halo", anchor)
-        parts.append(at(f"{100 * x:.2f}%", leader, name))
+    parts += labels([arm.name for arm, _, _ in found], points, named, height)
     # Marks come last, so that no label's halo covers one.
     parts += [at(f"{100 * x:.2f}%", mark(kind_of(a), y)) for (a, _, _), (x, y) in zip(found, points, strict=True)]
     rows = [[a.name, ratio(x), units.value(a.mean), units.value(a.sd)] for a, x, _ in found]
@@ -299,11 +295,92 @@ def cost(units: Units, arms: Sequence[ArmResult], higher: bool) -> Figure | None
     return Figure("cost-figure", "Quality against cost", note, [Panel("", svg)], header, rows)
 
 
+def trade_off(comparison: Comparison, arms: Sequence[ArmResult]) -> Figure | None:
+    """Two metrics that pull against each other: every configuration tried, every arm's mean, and their Pareto front."""
+    if comparison.trade_off is None:
+        return None
+    x, y, x_higher, y_higher = (comparison.trade_off[key] for key in ("x", "y", "x_higher", "y_higher"))
+    columns = [f"test_{x}", f"test_{y}"]
+
+    def pairs(frame: DataFrame | None) -> list[tuple[float, float]]:
+        if frame is None or any(column not in frame for column in columns):
+            return []
+        return [(float(a), float(b)) for a, b in frame[columns].to_numpy() if math.isfinite(a) and math.isfinite(b)]
+
+    tried = [(arm, point) for arm in arms for point in pairs(arm.tried)]
+    finals = [
+        (arm, (sum(a for a, _ in f) / len(f), sum(b for _, b in f) / len(f)))
+        for arm in arms
+        if (f := pairs(arm.metrics))
+    ]
+    if not finals:
+        return None
+    best = front([point for _, point in [*tried, *finals]], x_higher, y_higher)
+    height = max(300, 18 * len(finals) + 40)
+    everything = [point for _, point in [*tried, *finals]]
+    horizontal, vertical = (Axis.around([p[i] for p in everything], 6) for i in (0, 1))
+    place_of = lambda p: (horizontal.at(p[0]), height * (1 - vertical.at(p[1])))  # noqa: E731
+    parts = level(vertical, height, -8)
+    parts += [line("grid", horizontal.x(t), 0, horizontal.x(t), height) for t in horizontal.ticks]
+    parts += [words(horizontal.text(t), horizontal.x(t), height + 18, "tick", "middle") for t in horizontal.ticks]
+    # A staircase: between two points of the front nothing was seen that is better than the worse of both.
+    for (x1, y1), (x2, y2) in itertools.pairwise(best):
+        corner = (x2, y1)
+        for start, end in (((x1, y1), corner), (corner, (x2, y2))):
+            (a, b), (c, d) = place_of(start), place_of(end)
+            parts.append(line("front", f"{100 * a:.2f}%", b, f"{100 * c:.2f}%", d))
+    for arm, point in tried:
+        a, b = place_of(point)
+        told = f"{arm.name}, a configuration tried: {y} {number(point[1], 3)}, {x} {number(point[0], 3)}"
+        parts.append(at(f"{100 * a:.2f}%", tag("circle", tag("title", told), class_="dot", cy=f"{b:.1f}", r="3")))
+    points = [place_of(point) for _, point in finals]
+    parts += labels([arm.name for arm, _ in finals], points, range(len(finals)), height)
+    parts += [at(f"{100 * a:.2f}%", mark(kind_of(arm), b)) for (arm, _), (a, b) in zip(finals, points, strict=True)]
+    names = [text.replace("_", " ") for text in (x, y)]
+    better = f"{'right' if x_higher else 'left'} and {'up' if y_higher else 'down'} is better"
+    note = (
+        f"Test {names[1]} (upright) against {names[0]} (across): {better}. Dots are single configurations that tuning tried, on a "
+        "tuning split; marks are the tuned arms' means over the final seeds; the line joins what nothing else beats in both."
+    )
+    rows = [
+        [arm.name, number(point[0], 4), number(point[1], 4), "yes" if point in best else "no"] for arm, point in finals
+    ]
+    title = f"{names[1].capitalize()} against {names[0]}"
+    told = f"{title}. " + "; ".join(f"{r[0]}: {r[2]} at {r[1]}" for r in rows)
+    svg = drawing(told, height + 24, *parts, class_="plot axis")
+    header = ["Arm", f"Mean {names[0]}", f"Mean {names[1]}", "On the front"]
+    return Figure("trade-off-figure", title, note, [Panel("", svg)], header, rows)
+
+
+def front(points: Sequence[tuple[float, float]], x_higher: bool, y_higher: bool) -> list[tuple[float, float]]:
+    """The Pareto front: points that no other one equals or beats in both coordinates, from the best x to the best y."""
+    sign_x, sign_y = (1 if higher else -1 for higher in (x_higher, y_higher))
+    found: list[tuple[float, float]] = []
+    for point in sorted(set(points), key=lambda p: (-sign_x * p[0], -sign_y * p[1])):
+        if not found or sign_y * point[1] > sign_y * found[-1][1]:
+            found.append(point)
+    return found
+
+
 def level(axis: Axis, height: float, x: float) -> list[Markup]:
     """Horizontal grid lines with their numbers at ``x`` pixels."""
     down = [(t, height * (1 - axis.at(t))) for t in axis.ticks]
     numbers = [at("0%", words(axis.text(t), f"{x:g}", y + 4, "tick", "end")) for t, y in down]
     return [line("grid", "0%", y, "100%", y) for _, y in down] + numbers
+
+
+def labels(
+    names: Sequence[str], points: Sequence[tuple[float, float]], named: Iterable[int], height: float
+) -> list[Markup]:
+    """Names beside the marks at (x in [0, 1], y) of those that are ``named``, each with a line to its mark."""
+    parts = []
+    for i, label_y in place(points, named, height).items():
+        (x, y), side = points[i], 1 if points[i][0] < 0.5 else -1
+        leader = tag("path", class_="leader", d=f"M{6 * side},{y:.1f}L{16 * side},{label_y:.1f}")
+        anchor, down = "start" if side > 0 else "end", round(label_y + 4, 1)
+        name = label(names[i], NARROW - 3, WIDE - 25, f"{19 * side}", down, "label halo", anchor)
+        parts.append(at(f"{100 * x:.2f}%", leader, name))
+    return parts
 
 
 def place(

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,6 +172,7 @@ def compare(
             "higher_is_better": problem.higher_is_better,
             "percent": problem.percent,
             "resampled": problem.resampled,
+            "trade_off": asdict(problem.trade_off) if problem.trade_off is not None else None,
             "seeds": list(range(seeds)),
             "configs": configs,
             "tuning_seeds": tuning_seeds,
@@ -230,7 +231,7 @@ def _arms(task: Task, methods: Sequence[type[Method] | str | Arm] | None) -> lis
         raise ArgumentError(f"{task.name} names no baseline: set the class attribute baseline to a method's slug")
     if isinstance(methods, str):
         raise ArgumentError(f"methods = {methods!r}: must be a list. Write methods=[{methods!r}]")
-    given = [m if isinstance(m, Arm) else Arm(m) for m in (task.methods if methods is None else methods)]
+    given = [m if isinstance(m, Arm) else Arm(m) for m in (task.entrants() if methods is None else methods)]
     if not any(arm.name == task.baseline for arm in given):
         given.insert(0, Arm(task.baseline))
     given.sort(key=lambda arm: arm.name != task.baseline)

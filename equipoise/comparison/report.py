@@ -306,6 +306,7 @@ def render(comparison: Comparison) -> str:
         leaderboard=_leaderboard(comparison, units, order),
         forest=figures.forest(comparison, units, by_verdict(comparison, methods + controls), reference.name),
         cost=figures.cost(units, order, comparison.higher_is_better),
+        trade_off=figures.trade_off(comparison, order),
         curves=figures.curves(
             units, [reference, *by_verdict(comparison, methods + controls)], comparison.higher_is_better
         ),

@@ -50,6 +50,7 @@ class ArmResult:
     curves: DataFrame
     metrics: DataFrame
     failed: int
+    tried: DataFrame | None = None  # metrics of every configuration tried, averaged over the tuning seeds
 
 
 @dataclass
@@ -74,6 +75,7 @@ class Comparison:
     report: Path
     seconds: float
     command: str
+    trade_off: dict[str, Any] | None = None  # the task's ``TradeOff``
 
     @classmethod
     def load(cls, folder: str | Path) -> Comparison:
@@ -252,6 +254,7 @@ def _build(cls: type[Comparison], plan: dict[str, Any], rows: dict[str, Row], fo
                 curves=_curves(rows, arm),
                 metrics=_metrics(rows, arm),
                 failed=len(mine) - len(good) if arm["config"] is not None else 1,
+                tried=_tried(rows, arm),
             )
         )
     checks = [(str(n), bool(ok), str(text)) for n, ok, text in plan["sanity"]] + _checks(plan, rows, results)
@@ -276,6 +279,7 @@ def _build(cls: type[Comparison], plan: dict[str, Any], rows: dict[str, Row], fo
         report=folder / "report.html",
         seconds=sum(row.seconds or 0.0 for row in rows.values()),
         command=plan["command"],
+        trade_off=plan.get("trade_off"),
     )
 
 
@@ -325,6 +329,18 @@ def _metrics(rows: dict[str, Row], arm: dict[str, Any]) -> DataFrame:
         if found := rows[key].metrics:
             records.append({"seed": rows[key].seed, **found["metrics"][found["counted"]]})
     return pd.DataFrame(records)
+
+
+def _tried(rows: dict[str, Row], arm: dict[str, Any]) -> DataFrame:
+    """One row a configuration tried: what it is, and its metrics at the epoch that counts."""
+    import pandas as pd
+
+    records = []
+    for key in arm["rows"]["tune"]:
+        if found := rows[key].metrics:
+            records.append({"config": str(rows[key].config), **found["metrics"][found["counted"]]})
+    frame = pd.DataFrame(records)
+    return frame.groupby("config", sort=False).mean(numeric_only=True).reset_index() if records else frame
 
 
 def _matched(

@@ -38,8 +38,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from equipoise.errors import check_choice, check_range
-from equipoise.noisy_labels.shared import REDUCTIONS, check_labels, check_logits, precise, reduce
 from equipoise.training.batch import Batch, Output
+from equipoise.training.losses import REDUCTIONS, check_labels, check_logits, precise, reduce
 from equipoise.training.method import Method, Paper
 from equipoise.training.run import Run
 from equipoise.training.space import Space, Uniform

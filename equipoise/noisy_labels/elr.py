@@ -72,21 +72,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from equipoise.errors import ArgumentError, check_choice, check_integer, check_range
-from equipoise.noisy_labels.shared import (
+from equipoise.noisy_labels.two_networks import LogitAverage, make_peer
+from equipoise.training.batch import Batch, Inputs, Output, map_inputs
+from equipoise.training.losses import (
     REDUCTIONS,
     check_labels,
     check_logits,
     check_rows,
     precise,
     reduce,
-    table_shape,
 )
-from equipoise.noisy_labels.two_networks import LogitAverage, make_peer
-from equipoise.training.batch import Batch, Inputs, Output, map_inputs
 from equipoise.training.method import Method, Paper
 from equipoise.training.run import Run
 from equipoise.training.space import LogUniform, Space, Uniform
-from equipoise.training.table import check_index, write_rows
+from equipoise.training.table import check_index, table_shape, write_rows
 
 
 # -- the functional core ----------------------------------------------------------------------------------------------

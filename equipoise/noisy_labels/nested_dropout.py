@@ -62,10 +62,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from equipoise.errors import ArgumentError, check_choice, check_integer, check_range, refuse
-from equipoise.noisy_labels.shared import check_labels, check_logits, precise
 from equipoise.noisy_labels.two_networks import LogitAverage, make_peer
 from equipoise.training.batch import Batch, Output, map_inputs
 from equipoise.training.features import FeatureTap, find_head
+from equipoise.training.losses import check_labels, check_logits, precise
 from equipoise.training.method import Method, Paper
 from equipoise.training.run import Run
 from equipoise.training.space import LogUniform, Space, Uniform

@@ -47,12 +47,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from equipoise.errors import check_choice, check_integer, check_range, refuse
-from equipoise.noisy_labels.shared import REDUCTIONS, check_labels, check_logits, check_rows, precise, table_shape
 from equipoise.training.batch import Batch, Output
+from equipoise.training.losses import REDUCTIONS, check_labels, check_logits, check_rows, precise
 from equipoise.training.method import Method, Paper
 from equipoise.training.run import Run
 from equipoise.training.space import Space, Uniform
-from equipoise.training.table import check_index, write_rows
+from equipoise.training.table import check_index, table_shape, write_rows
 
 
 # -- the functional core ----------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ class TinyProblem:
     examples, validation: at least 20 and 5 examples; ``len(examples)`` should divide by nothing (37 is good).
     network: makes the model, with the same initial weights at every call and no layer that mixes the rows of a batch.
     norm_network: the same with BatchNorm, for the checks of buffers and modes; None to do without.
-    loss: the task's loss, cross-entropy by default.
+    loss: the task's loss, cross-entropy by default. augment: makes random views, for methods that need them.
     """
 
     examples: Examples
@@ -81,6 +81,7 @@ class TinyProblem:
     batch_size: int = 8
     learning_rate: float = 0.1
     seed: int = 3
+    augment: Callable[[Inputs, torch.Generator], Inputs] | None = None
 
     def make_optimizer(self, parameters: Any) -> torch.optim.Optimizer:
         """SGD with momentum 0.9."""
@@ -95,6 +96,7 @@ class TinyProblem:
             "validation": self.validation,
             "loss": self.loss,
             "seed": self.seed,
+            "augment": self.augment,
         }
         return common | changes
 

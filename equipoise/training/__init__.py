@@ -5,7 +5,7 @@ from equipoise.training.fit import fit
 from equipoise.training.method import Method, Paper
 from equipoise.training.run import Run, start
 from equipoise.training.space import Choice, Integer, LogUniform, Uniform
-from equipoise.training.task import Problem, RunResult, SupervisedTask, Task
+from equipoise.training.task import Problem, RunResult, SupervisedTask, Task, TradeOff
 
 __all__ = [
     "Batch",
@@ -22,6 +22,7 @@ __all__ = [
     "RunResult",
     "SupervisedTask",
     "Task",
+    "TradeOff",
     "Uniform",
     "fit",
     "indexed",

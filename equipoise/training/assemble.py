@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import RandomSampler, Sampler
 
 from equipoise.errors import ArgumentError, DataError, MethodConflictError
-from equipoise.training.batch import Examples
+from equipoise.training.batch import Examples, Inputs
 from equipoise.training.method import EXCLUSIVE_HOOKS, HOOKS, Method
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 OptimizerLike = Optimizer | Callable[[Iterable[Any]], Optimizer]
 SchedulerLike = LRScheduler | Callable[[Optimizer, int], LRScheduler]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+Augment = Callable[[Inputs, torch.Generator], Inputs]
+SamplerFactory = Callable[[Any, int, torch.Generator], Sampler[int]]
 ELEMENTWISE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 ELEMENTWISE_MODULES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 
@@ -99,6 +102,11 @@ def classes_of(data: Any, num_classes: int | None) -> tuple[int | None, Tensor |
         raise DataError(f"targets holds the class {int(targets.min())}: classes are numbered from 0")
     known = known or largest
     return known, torch.bincount(targets.to(torch.int64), minlength=known)
+
+
+def random_order(data: Any, batch_size: int, generator: torch.Generator) -> Sampler[int]:
+    """The default sampler: every example once, in random order."""
+    return RandomSampler(data, generator=generator)
 
 
 def make_optimizer(given: OptimizerLike, networks: list[nn.Module], before: set[int]) -> Optimizer:

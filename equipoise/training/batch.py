@@ -40,6 +40,7 @@ class Batch:
     index: (N,) int64 positions in the training set, on the batch's device; None if the loader does not give them.
     extras: named further tensors with N rows (``domain``, ``group``, a second view, ...).
     weight: factor on the loss that makes the mean over uneven shards exact in a distributed run.
+    views: number of random views that are stacked view-major: row ``v * (N / views) + i`` is view v of example i.
     """
 
     inputs: Inputs
@@ -47,6 +48,7 @@ class Batch:
     index: Tensor | None = None
     extras: dict[str, Any] = field(default_factory=dict)
     weight: float = 1.0
+    views: int = 1
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -71,6 +73,28 @@ class Batch:
             None if self.index is None else move(self.index),
             {k: move(v) if isinstance(v, Tensor) else v for k, v in self.extras.items()},
             self.weight,
+            self.views,
+        )
+
+    def with_views(self, views: Sequence[Inputs]) -> Batch:
+        """The batch with random views of its inputs in their place, stacked view-major; all else is repeated with them."""
+        count = len(views)
+        if count == 1:
+            return replace(self, inputs=views[0])
+        repeat = lambda t: t.repeat(count, *[1] * (t.ndim - 1))  # noqa: E731
+        first = views[0]
+        stacked: Inputs = (
+            torch.cat([v for v in views if isinstance(v, Tensor)])
+            if isinstance(first, Tensor)
+            else {key: torch.cat([v[key] for v in views if not isinstance(v, Tensor)]) for key in first}
+        )
+        return replace(
+            self,
+            inputs=stacked,
+            targets=repeat(self.targets),
+            index=None if self.index is None else repeat(self.index),
+            extras={k: repeat(v) if isinstance(v, Tensor) else v for k, v in self.extras.items()},
+            views=count,
         )
 
     def split(self, parts: int) -> list[Batch]:

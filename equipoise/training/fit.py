@@ -16,6 +16,7 @@ from torch import nn
 
 from equipoise.errors import ArgumentError, check_integer
 from equipoise.training import checkpoint as checkpoints
+from equipoise.training.assemble import Augment, SamplerFactory
 from equipoise.training.method import Method
 from equipoise.training.run import LossFunction, OptimizerLike, Run, SchedulerLike, start
 
@@ -53,6 +54,8 @@ def fit(
     on_epoch_end: Callable[[Run], dict[str, Any] | None] | None = None,
     accelerator: Accelerator | None = None,
     num_workers: int = 0,
+    augment: Augment | None = None,
+    sampler: SamplerFactory | None = None,
 ) -> Run:
     """Train ``model`` on ``data`` with ``methods``; return the finished ``Run`` (``run.model``, ``run.history``).
 
@@ -93,6 +96,8 @@ def fit(
             clip_norm=clip_norm,
             accelerator=accelerator,
             num_workers=num_workers,
+            augment=augment,
+            sampler=sampler,
         )
         rank = run.accelerator.process_index
         if rank:

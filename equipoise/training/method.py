@@ -61,6 +61,8 @@ class Method:
     neutral: constructor arguments at which the method equals the baseline step for step; None where no such setting exists
         (the class docstring then says why).
     needs_features: whether ``output.features`` (the input of the model's head) must be captured.
+    views: number of random views of each example that the method needs in a batch, where the run has ``augment``; a class
+        attribute or a property. The run takes the largest of its methods' (see ``Batch.views``).
     """
 
     name: ClassVar[str] = ""
@@ -68,6 +70,7 @@ class Method:
     space: ClassVar[Space] = {}
     neutral: ClassVar[Mapping[str, Any] | None] = None
     needs_features: ClassVar[bool] = False
+    views: int = 1
 
     # -- hooks, in the order of a run ---------------------------------------------------------------------------------
     def prepare(self, run: Run) -> None:

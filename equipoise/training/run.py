@@ -32,8 +32,10 @@ from equipoise.errors import (
 )
 from equipoise.training import checkpoint as checkpoints
 from equipoise.training.assemble import (
+    Augment,
     LossFunction,
     OptimizerLike,
+    SamplerFactory,
     SchedulerLike,
     accelerator_of,
     check_output,
@@ -43,6 +45,7 @@ from equipoise.training.assemble import (
     is_compiled,
     make_optimizer,
     make_scheduler,
+    random_order,
     scheduler_state,
 )
 from equipoise.training.batch import Batch, Inputs, Loader, Output, as_dataset
@@ -61,7 +64,8 @@ class Run:
     Attributes: ``model``, ``inference_model`` (what evaluation uses; a method may set another one), ``optimizer``,
     ``scheduler``, ``global_step`` (optimizer steps done), ``total_steps``, ``epoch`` (0-based), ``total_epochs``, ``stage``,
     ``device``, ``seed``, ``generator`` (CPU), ``num_examples``, ``num_classes``, ``class_counts`` ((C,) int64), ``validation``
-    (re-iterable of batches), ``accelerator``, ``methods``, ``task_loss``, ``head_name``, ``history`` (one dict an epoch).
+    (re-iterable of batches), ``accelerator``, ``methods``, ``task_loss``, ``head_name``, ``history`` (one dict an epoch),
+    ``data`` (the training set), ``augment`` (makes random views), ``views`` (how many of them are stacked in a batch).
     What is unknown is None.
     """
 
@@ -85,6 +89,8 @@ class Run:
         clip_norm: float | None = None,
         accelerator: Accelerator | None = None,
         num_workers: int = 0,
+        augment: Augment | None = None,
+        sampler: SamplerFactory | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             given = model.__name__ if isinstance(model, type) else repr(model)
@@ -106,6 +112,11 @@ class Run:
         self.task_loss: LossFunction = F.cross_entropy if loss is None else loss
         self.clip_norm, self.head_name, self.mixed_precision = clip_norm, head, mixed_precision
         self.history: list[dict[str, Any]] = []
+        self.augment = augment
+        self.views = max((method.views for method in self.methods), default=1) if augment is not None else 1
+        self.view_generator = torch.Generator().manual_seed(
+            derived_seed(seed, f"views/{self.accelerator.process_index}")
+        )
 
         self.data = None if data is None else as_dataset(data)
         self.num_examples = None if self.data is None else len(self.data)  # type: ignore[arg-type]
@@ -113,13 +124,11 @@ class Run:
         self.total_epochs, self.total_steps = epochs, total_steps
         self.loader: Loader | None = None
         if self.data is not None and batch_size is not None:
-            from torch.utils.data import RandomSampler
-
             self.order_generator = torch.Generator().manual_seed(seed)
             self.loader = Loader(
                 self.data,
                 batch_size,
-                sampler=RandomSampler(self.data, generator=self.order_generator),  # type: ignore[arg-type]
+                sampler=(sampler or random_order)(self.data, batch_size, self.order_generator),
                 device=self.device,
                 rank=self.accelerator.process_index,
                 world=self.accelerator.num_processes,
@@ -235,6 +244,8 @@ class Run:
         """
         batch = Batch.of(batch).to(self.device)
         weight = batch.weight  # kept here, since a method may return a batch of its own making
+        if self.augment is not None:
+            batch = batch.with_views([self.augment(batch.inputs, self.view_generator) for _ in range(self.views)])
         for method in self._hooks["transform_batch"]:
             batch = method.transform_batch(self, batch)
         output = self.forward(batch.inputs)
@@ -361,7 +372,12 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue bit for bit: weights, optimizer, schedule, methods, generators, data order, history."""
         self._flush()
-        own = {"random": checkpoints.random_state(), "loss": [self._loss_sum, self._loss_count], "logged": self._logged}
+        own = {
+            "random": checkpoints.random_state(),
+            "views": self.view_generator.get_state(),
+            "loss": [self._loss_sum, self._loss_count],
+            "logged": self._logged,
+        }
         ranks = [own]
         if self.accelerator.num_processes > 1:
             from accelerate.utils import gather_object
@@ -405,6 +421,7 @@ class Run:
             method.load_state_dict(saved)
         own = state["ranks"][self.accelerator.process_index]
         checkpoints.set_random_state(own["random"])
+        self.view_generator.set_state(own["views"])
         self._loss_sum, self._loss_count = own["loss"]
         self._logged, self.history = dict(own["logged"]), list(state["history"])
         self.generator.set_state(state["generator"])
@@ -531,6 +548,10 @@ def start(model: nn.Module, optimizer: OptimizerLike, **options: Any) -> Run:
     mixed_precision: "no" or "bf16" (for fp16 hand over an ``Accelerator(mixed_precision="fp16")``).
     clip_norm: largest 2-norm of the gradient.
     accelerator: an ``accelerate.Accelerator`` of your own.
+    augment: ``(inputs, generator) -> inputs``, a random view of a batch's inputs; applied to every training batch, as often
+        as the methods need views.
+    sampler: ``(data, batch_size, generator) -> sampler`` of positions, by default all in random order; see
+        ``equipoise.training.sampler``.
     """
     run = Run(model, optimizer, **options)
     run.begin_epoch()

@@ -7,10 +7,16 @@ all processes, so that the tables stay equal although examples change process ev
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from equipoise.errors import ArgumentError
+from equipoise.training.gather import gather_rows
+
+if TYPE_CHECKING:
+    from equipoise.training.run import Run
 
 
 def check_index(index: Tensor, num_examples: int, batch_size: int) -> None:
@@ -37,8 +43,7 @@ def write_rows(table: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     Returns ``table[index]`` as it then is.
     """
     given, rows = index, rows.detach().to(table.dtype)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        index, rows = _gather(index, rows)
+    index, rows = gather_rows(index, rows)
     if index.unique().numel() < index.numel():
         positions, inverse = index.unique(return_inverse=True)
         order = torch.arange(index.numel(), device=index.device)
@@ -48,25 +53,16 @@ def write_rows(table: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     return rows if index is given else table[given]
 
 
-def _gather(index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Index and rows of all processes, in rank order; processes may hold different numbers of rows."""
-    from torch import distributed
-
-    world = distributed.get_world_size()
-    if world == 1:
-        return index, rows
-    sizes = [torch.zeros(1, dtype=torch.int64, device=index.device) for _ in range(world)]
-    distributed.all_gather(sizes, torch.tensor([index.numel()], device=index.device))
-    counts = [int(size) for size in sizes]
-    padded_index = index.new_zeros(max(counts))
-    padded_rows = rows.new_zeros((max(counts), *rows.shape[1:]))
-    padded_index[: index.numel()] = index
-    padded_rows[: index.numel()] = rows
-    all_index = [torch.empty_like(padded_index) for _ in range(world)]
-    all_rows = [torch.empty_like(padded_rows) for _ in range(world)]
-    distributed.all_gather(all_index, padded_index)
-    distributed.all_gather(all_rows, padded_rows)
-    return (
-        torch.cat([i[:n] for i, n in zip(all_index, counts, strict=True)]),
-        torch.cat([r[:n] for r, n in zip(all_rows, counts, strict=True)]),
-    )
+def table_shape(run: Run, method: str) -> tuple[int, int]:
+    """Numbers of training examples and classes of a run, which a per-example table of ``method`` needs."""
+    if run.num_examples is None:
+        raise ArgumentError(
+            f"data = None: {method} keeps a row per training example and must know how many there are. "
+            "Give the training set: equipoise.start(..., data=train_set)"
+        )
+    if run.num_classes is None:
+        raise ArgumentError(
+            f"num_classes = None: {method} needs a classification task and its number of classes, which the data do not tell. "
+            "Give num_classes=..."
+        )
+    return run.num_examples, run.num_classes

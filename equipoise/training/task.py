@@ -48,6 +48,16 @@ class RunResult:
 
 
 @dataclass(frozen=True)
+class TradeOff:
+    """Two metrics that pull against each other, by their names without the split; ``*_higher``: whether higher is better."""
+
+    x: str
+    y: str
+    x_higher: bool = False
+    y_higher: bool = True
+
+
+@dataclass(frozen=True)
 class Task:
     """Base of every task. A subclass is a frozen dataclass whose fields are its settings.
 
@@ -62,6 +72,7 @@ class Task:
     percent: ClassVar[bool] = True
     baseline: ClassVar[str] = ""
     methods: ClassVar[tuple[str, ...]] = ()
+    trade_off: ClassVar[TradeOff | None] = None
 
     # -- what a task must say -----------------------------------------------------------------------------------------
     def run(self, method: type[Method], config: Config, seed: int) -> RunResult:
@@ -97,6 +108,10 @@ class Task:
     def matched_space(self, ratio: float) -> Space | None:
         """What a baseline given ``ratio`` times the compute may choose from; None where it cannot use more compute."""
         return None
+
+    def entrants(self) -> tuple[str, ...]:
+        """The methods that enter by default: ``methods``, less those whose optional package is missing."""
+        return self.methods
 
     def fingerprint(self) -> dict[str, Any]:
         """The settings, and whatever else changes results when it changes (the content of the user's files)."""
@@ -228,6 +243,14 @@ class SupervisedTask(Task):
         """The task's loss; None is cross-entropy."""
         return None
 
+    def fit_options(self, problem: Problem, config: Config) -> dict[str, Any]:
+        """Keyword arguments of ``fit`` that this task sets otherwise: optimizer, augment, sampler, batch_size, ..."""
+        return {}
+
+    def predict(self, run: Run, loader: Loader) -> tuple[Tensor, Tensor]:
+        """What ``measure`` receives for a split: predictions and targets."""
+        return run.predict(loader)
+
     def build_model(self, problem: Problem, seed: int) -> nn.Module:
         """The model with the initial weights of ``seed``."""
         from equipoise.models import build
@@ -299,20 +322,22 @@ class SupervisedTask(Task):
         on_epoch_end: Callable[[Run], dict[str, Any]],
     ) -> Run:
         initial = seed if member == 0 else seed + 1_000_003 * member
-        return fit(
-            self.build_model(problem, initial),
-            problem.train,
-            epochs=epochs,
-            batch_size=self.batch_size,
-            optimizer=partial(torch.optim.SGD, lr=config["lr"], momentum=0.9, weight_decay=config["weight_decay"]),
-            scheduler=cosine,
-            methods=[self.build_method(method, config)],
-            loss=self.loss(),
-            validation=problem.validation,
-            seed=initial,
-            num_classes=problem.train.num_classes,
-            on_epoch_end=on_epoch_end,
-        )
+        options: dict[str, Any] = {
+            "epochs": epochs,
+            "batch_size": self.batch_size,
+            "scheduler": cosine,
+            "methods": [self.build_method(method, config)],
+            "loss": self.loss(),
+            "validation": problem.validation,
+            "seed": initial,
+            "num_classes": problem.train.num_classes,
+            "on_epoch_end": on_epoch_end,
+            **self.fit_options(problem, config),
+        }
+        if "optimizer" not in options:
+            rates = {"lr": config["lr"], "weight_decay": config["weight_decay"]}
+            options["optimizer"] = partial(torch.optim.SGD, momentum=0.9, **rates)
+        return fit(self.build_model(problem, initial), problem.train, **options)
 
     def _train(
         self, problem: Problem, method: type[Method], config: Config, seed: int, member: int, epochs: int
@@ -329,7 +354,7 @@ class SupervisedTask(Task):
         kept: dict[str, Any] = {}
 
         def look(run: Run) -> dict[str, float]:
-            predictions = {name: run.predict(loader) for name, loader in loaders.items()}
+            predictions = {name: self.predict(run, loader) for name, loader in loaders.items()}
             seen = self.measure(problem, predictions)
             if "best" not in metrics or sign * seen[key] > sign * metrics["best"][key]:
                 metrics["best"], kept["best"] = seen, predictions
@@ -337,9 +362,9 @@ class SupervisedTask(Task):
             return seen
 
         run = self._fit(problem, method, config, seed, member, epochs, look)
-        # What a method does in ``finish`` belongs to the model that a user would ship.
-        predictions = {name: run.predict(loader) for name, loader in loaders.items()}
-        metrics["last"], kept["last"] = self.measure(problem, predictions) | self.examine(problem, run), predictions
+        # What a method does in ``finish`` belongs to the model that a user would ship, and may be the best there is.
+        look(run)
+        metrics["last"] = metrics["last"] | self.examine(problem, run)
         return (
             metrics,
             kept,

@@ -479,6 +479,29 @@ def test_numbers_are_written_for_readers() -> None:
     assert Units.of(make_comparison(percent=False, metric="rmse")).label == "rmse"
 
 
+def test_a_front_holds_what_nothing_beats_in_both() -> None:
+    points = [(0.1, 0.5), (0.2, 0.8), (0.2, 0.7), (0.3, 0.75), (0.4, 0.9), (0.1, 0.4)]
+    assert figures.front(points, False, True) == [(0.1, 0.5), (0.2, 0.8), (0.4, 0.9)]
+    assert figures.front(points, True, True) == [(0.4, 0.9)]
+    assert figures.front(points, True, False) == [(0.4, 0.9), (0.3, 0.75), (0.2, 0.7), (0.1, 0.4)]
+
+
+def test_the_trade_off_is_drawn_where_a_task_names_one() -> None:
+    plain = make_comparison()
+    assert figures.trade_off(plain, plain.arms) is None and "trade-off" not in render(plain)
+    told = {"x": "gap", "y": "accuracy", "x_higher": False, "y_higher": True}
+    for i, arm in enumerate(plain.arms):
+        arm.metrics = pd.DataFrame({"seed": [0, 1], "test_gap": [0.1 + 0.02 * i, 0.3], "test_accuracy": [0.8, 0.9]})
+        arm.tried = pd.DataFrame({"config": ["a", "b"], "test_gap": [0.02, math.nan], "test_accuracy": [0.7, 0.8]})
+    comparison = replace(plain, trade_off=told)
+    figure = figures.trade_off(comparison, comparison.arms)
+    assert figure is not None and figure.title == "Accuracy against gap"
+    assert figure.rows[0] == ["cross-entropy", "0.2000", "0.8500", "yes"] and figure.rows[1][3] == "no"
+    svg = str(figure.panels[0].svg)
+    assert svg.count('class="dot"') == len(plain.arms) and svg.count('class="front"') == 2
+    assert 'id="trade-off-figure"' in render(comparison)
+
+
 def test_axes_have_few_round_ticks_inside() -> None:
     for values in (
         [0.0, 1.0],

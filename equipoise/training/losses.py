@@ -1,16 +1,11 @@
-"""What the losses of this family share: checks with one kind of message, precision, reduction."""
+"""What losses share: checks with one kind of message, precision, reduction."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from equipoise.errors import ArgumentError, check_choice
-
-if TYPE_CHECKING:
-    from equipoise.training.run import Run
 
 REDUCTIONS = ("none", "sum", "mean")
 
@@ -63,18 +58,3 @@ def reduce(values: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return values
     return values.mean() if reduction == "mean" else values.sum()
-
-
-def table_shape(run: Run, method: str) -> tuple[int, int]:
-    """Numbers of training examples and classes of a run, which a per-example table of ``method`` needs."""
-    if run.num_examples is None:
-        raise ArgumentError(
-            f"data = None: {method} keeps a row per training example and must know how many there are. "
-            "Give the training set: equipoise.start(..., data=train_set)"
-        )
-    if run.num_classes is None:
-        raise ArgumentError(
-            f"num_classes = None: {method} needs a classification task and its number of classes, which the data do not tell. "
-            "Give num_classes=..."
-        )
-    return run.num_examples, run.num_classes
