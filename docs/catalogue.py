@@ -24,10 +24,16 @@ def on_files(files: Any, config: Any) -> Any:
             modules.setdefault(entry.module, []).append(entry)
     pages = {"catalogue.md": overview(modules)}
     for module, entries in modules.items():
-        pages[f"methods/{module.rsplit('.', 1)[-1]}.md"] = page(module, entries)
+        pages[f"methods/{page_name(module)}.md"] = page(module, entries)
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def page_name(module: str) -> str:
+    """Name of a module's page: the paper's, and for baselines, which every family has, with the family before it."""
+    _, family, name = module.split(".")
+    return f"{family}-{name}" if "baselines" in name else name
 
 
 def overview(modules: dict[str, list[catalogue.Entry]]) -> str:
@@ -39,7 +45,7 @@ def overview(modules: dict[str, list[catalogue.Entry]]) -> str:
         verdicts = ", ".join(document["verdict"] for document in evidence(name)) or "none"
         for entry in entries:
             lines.append(
-                f"| [{entry.slug}](methods/{name}.md) | {entry.family.replace('_', ' ')} | {entry.summary} | {verdicts} |"
+                f"| [{entry.slug}](methods/{page_name(module)}.md) | {entry.family.replace('_', ' ')} | {entry.summary} | {verdicts} |"
             )
     lines += ["", "## Tasks", "", "| task | what it is |", "|---|---|"]
     lines += [f"| {entry.slug} | {entry.summary} |" for entry in catalogue.tasks().values()]

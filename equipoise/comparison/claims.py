@@ -31,7 +31,8 @@ class Claim:
     """One statement of one paper, as it can be checked here.
 
     slug, number: of the paper's module and its number in the plan. name: distinguishes several claims of one paper.
-    claim, source: the statement and where it stands. task, settings: the setting. arms: with complete configurations.
+    claim, source: the statement and where it stands. task, settings: the setting. arms: name, method's slug, and a complete
+    configuration; or a tuple of them, of which validation data choose (on splits that no final seed meets).
     method, reference: the two arms that are compared (paired over ``seeds`` seeds).
     metric: a column of ``Comparison.runs()`` such as ``last.test_accuracy``; ``reference_metric`` if it is another one.
     relative: the effect is the paired difference of logarithms, given as a relative change.
@@ -45,7 +46,7 @@ class Claim:
     source: str
     task: str | type[Task]
     settings: Mapping[str, Any]
-    arms: tuple[tuple[str, str, Mapping[str, Any]], ...]
+    arms: tuple[tuple[str, str, Mapping[str, Any] | tuple[Mapping[str, Any], ...]], ...]
     method: str
     reference: str
     unit: str
@@ -85,7 +86,10 @@ class Claim:
 
     def run(self, out: Path, *, jobs: int = 1, progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
         """Carry the claim's comparison out (rows that are in the store of ``out`` are not run again); return the evidence."""
-        arms = [Arm(slug, name, config) for name, slug, config in self.arms]
+        arms = [
+            Arm(slug, name, candidates=config) if isinstance(config, tuple) else Arm(slug, name, config)
+            for name, slug, config in self.arms
+        ]
         task = catalogue.find("task", self.task).load() if isinstance(self.task, str) else self.task
         comparison = compare(
             task.make(**self.settings),

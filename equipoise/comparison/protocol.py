@@ -45,6 +45,7 @@ class Arm:
 
     method: a method's class or slug. name: how the report calls it, by default the slug.
     config: a complete configuration to use as it is; the arm is then not tuned.
+    candidates: complete configurations to choose from on validation data, in the place of draws from the space (a grid).
     fixed: settings to hold while the others are tuned, under the keys of configurations (``"lr"``, ``"elr.lam"``).
     matched_ratio: this is the baseline, given so many times its compute (set by the protocol).
     """
@@ -54,6 +55,7 @@ class Arm:
     config: Mapping[str, Any] | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     matched_ratio: float | None = None
+    candidates: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.method, str):
@@ -250,15 +252,15 @@ def _arms(task: Task, methods: Sequence[type[Method] | str | Arm] | None) -> lis
 
 def _check_settings(task: Task, arm: Arm) -> None:
     """Refuse settings of an arm that neither the task nor the method knows, or that the method refuses."""
-    config = arm.fixed if arm.config is None else arm.config
     known = [*task.space(), *(f"{arm.cls.name}.{name}" for name in inspect.signature(arm.cls).parameters)]
-    for key in config:
-        if key not in known:
-            raise ArgumentError(
-                f"{key} = {config[key]!r} of arm {arm.name!r}: is no setting of {task.name} or {arm.cls.name}. "
-                f"{suggestion(key, known)} Known: {', '.join(known)}"
-            )
-    task.build_method(arm.cls, config)
+    for config in arm.candidates or (arm.fixed if arm.config is None else arm.config,):
+        for key in config:
+            if key not in known:
+                raise ArgumentError(
+                    f"{key} = {config[key]!r} of arm {arm.name!r}: is no setting of {task.name} or {arm.cls.name}. "
+                    f"{suggestion(key, known)} Known: {', '.join(known)}"
+                )
+        task.build_method(arm.cls, config)
 
 
 class _Trial:
@@ -304,6 +306,8 @@ class _Trial:
     def candidates(self, arm: Arm) -> list[dict[str, Any]]:
         if arm.config is not None:
             return [dict(arm.config)]
+        if arm.candidates:
+            return [dict(candidate) for candidate in arm.candidates]
         return [{**config, **arm.constants()} for config in draw(arm.space(self.task), self.configs)]
 
     def tuning(self, arm: Arm) -> list[tuple[dict[str, Any], list[str]]]:
@@ -341,7 +345,7 @@ class _Trial:
     def describe(self, arm: Arm) -> dict[str, Any]:
         """The arm as the plan keeps it, with the keys of its rows."""
         best = self.best(arm)
-        space = {} if arm.config is not None else arm.space(self.task)
+        space = {} if arm.config is not None or arm.candidates else arm.space(self.task)
         rows: dict[str, list[str]] = {
             "tune": [key for _, keys in self.tuning(arm) for key in keys],
             "final": [],
@@ -396,7 +400,7 @@ class _Runner:
 
     def _rows_of(self, arm: Arm) -> int:
         trial = self.trial
-        tuning = 0 if arm.config is not None else trial.configs * len(trial.tuning_seeds)
+        tuning = 0 if arm.config is not None else (len(arm.candidates) or trial.configs) * len(trial.tuning_seeds)
         return tuning + len(trial.seeds) + 1 + trial.timing_rounds
 
     def _tune_and_run(self, arms: list[Arm]) -> None:
@@ -432,12 +436,12 @@ class _Runner:
             # Rounded up, so that the control never has less compute than the arm.
             ratio = math.ceil(flops / base * 10 - 1e-6) / 10 if flops is not None else 1.0
             if ratio > DEAR and self.trial.task.matched_space(ratio) is not None:
-                config = None
-                if baseline.config is not None:
-                    config = {**baseline.config, "compute": "ensemble", "compute_ratio": ratio}
+                more = {"compute": "ensemble", "compute_ratio": ratio}
+                config = None if baseline.config is None else {**baseline.config, **more}
+                grid = tuple({**candidate, **more} for candidate in baseline.candidates)
                 name = f"{ratio:g}x {baseline.name}"
                 self.controls[arm.name] = name
-                found[ratio] = Arm(baseline.cls, name, config, baseline.fixed, matched_ratio=ratio)
+                found[ratio] = Arm(baseline.cls, name, config, baseline.fixed, ratio, grid)
         return list(found.values())
 
     def _time(self) -> None:

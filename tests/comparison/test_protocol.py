@@ -63,6 +63,16 @@ def test_every_arm_is_tuned_alike_on_validation_data(tmp_path: Path) -> None:
     assert set(runs[runs.kind == "tune"].seed).isdisjoint(runs[runs.kind == "final"].seed)
 
 
+def test_candidates_are_a_grid_of_which_validation_data_choose(tmp_path: Path) -> None:
+    grid = tuple({"lr": lr, "good.strength": 1.0} for lr in (0.9, 0.1, 0.011))
+    found = compare(Toy(), [Arm(Good, candidates=grid)], seeds=2, configs=5, out=tmp_path, measure_time=False)
+    good = found.arm("good")
+    assert [entry["config"] for entry in good.tuning] == list(grid) and good.config == grid[1]
+    assert good.edges == [] and len(found.arm("cross-entropy").tuning) == 5
+    with pytest.raises(ArgumentError, match="is no setting of toy or good"):
+        compare(Toy(), [Arm(Good, candidates=({"lr": 0.1}, {"rate": 0.1}))], out=tmp_path)
+
+
 def test_an_edge_of_the_space_is_reported(tmp_path: Path) -> None:
     found = compare(Toy(), [Arm(Good, fixed={"lr": 0.1})], seeds=2, configs=3, out=tmp_path, measure_time=False)
     good = found.arm("good")
