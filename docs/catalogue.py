@@ -44,9 +44,8 @@ def overview(modules: dict[str, list[catalogue.Entry]]) -> str:
         name = module.rsplit(".", 1)[-1]
         verdicts = ", ".join(document["verdict"] for document in evidence(name)) or "none"
         for entry in entries:
-            lines.append(
-                f"| [{entry.slug}](methods/{page_name(module)}.md) | {entry.family.replace('_', ' ')} | {entry.summary} | {verdicts} |"
-            )
+            link = f"[{entry.slug}](methods/{page_name(module)}.md)"
+            lines.append(f"| {link} | {entry.family.replace('_', ' ')} | {entry.summary} | {verdicts} |")
     lines += ["", "## Tasks", "", "| task | what it is |", "|---|---|"]
     lines += [f"| {entry.slug} | {entry.summary} |" for entry in catalogue.tasks().values()]
     return "\n".join(lines) + "\n"

@@ -1,8 +1,9 @@
 """The catalogue: which methods and tasks there are. Reads sources instead of importing them, so that listing needs no torch.
 
 A method is a class with a literal ``name = "slug"`` in a module of a family's folder; a task is one in a module called
-``task`` or ``task_*``; files called ``claims*`` are not read. Nothing else registers them. Packages of others register by entry point, in the groups
-``equipoise.methods`` and ``equipoise.tasks`` (``slug = "package.module:Class"``); these are imported when they are listed.
+``task`` or ``task_*``; files called ``claims*`` are not read. Nothing else registers them. Packages of others register by
+entry point, in the groups ``equipoise.methods`` and ``equipoise.tasks`` (``slug = "package.module:Class"``); these are imported
+when they are listed.
 """
 
 from __future__ import annotations

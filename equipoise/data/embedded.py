@@ -1,4 +1,4 @@
-"""Data sets that need no download: scikit-learn's, a generated one, and Fashion-MNIST where it is installed."""
+"""Data sets that need no download: scikit-learn's, a generated one, and Fashion-MNIST and COMPAS where they are installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from equipoise.data import idx
+from equipoise.data import compas, idx
 from equipoise.data.raw import RawData
 from equipoise.data.synthetic import mnist1d
 from equipoise.errors import DataError, MissingDependencyError, check_choice, refuse
@@ -23,6 +23,7 @@ DESCRIPTIONS = {
     "iris": "iris flowers, 150 rows, 4 numeric columns, 3 classes",
     "diabetes": "disease progression, 442 rows, 10 numeric columns, regression",
     "mnist1d": "MNIST-1D, generated: 4000 + 1000 test sequences 1x40, 10 classes",
+    "compas": "COMPAS, 6172 arrests, 5 columns, 2 classes; race, sex and age as groups",
     "fashion-mnist": "Fashion-MNIST, 60000 + 10000 test images 1x28x28, 10 classes",
     "fashion-mnist-14": "Fashion-MNIST averaged over 2x2 pixels: images 1x14x14",
 }
@@ -42,7 +43,8 @@ class Available(NamedTuple):
 def available() -> dict[str, Available]:
     """Every name that ``load`` knows, with a one-line description and whether it can be loaded on this machine."""
     files = [idx.find(_fashion_folder(None), stem) for stem in FASHION_FILES]
-    return {name: Available(text, all(files) or not name.startswith("fashion")) for name, text in DESCRIPTIONS.items()}
+    absent = {"compas": compas.find() is None, "fashion-mnist": not all(files), "fashion-mnist-14": not all(files)}
+    return {name: Available(text, not absent.get(name, False)) for name, text in DESCRIPTIONS.items()}
 
 
 def load(name: str, folder: str | os.PathLike[str] | None = None) -> RawData:
@@ -61,6 +63,8 @@ def load(name: str, folder: str | os.PathLike[str] | None = None) -> RawData:
         return _fashion(name, _fashion_folder(folder))
     if folder is not None:
         refuse("folder", str(folder), f"be left out for {name!r}, which has no files of its own")
+    if name == "compas":
+        return compas.compas()
     return _generated(name).copy()
 
 

@@ -15,7 +15,15 @@ from equipoise.testing.parts import (
     check_loss,
     check_regularizer,
 )
-from equipoise.testing.problem import KeywordNetwork, TinyNetwork, TinyProblem, classification, regression
+from equipoise.testing.problem import (
+    KeywordNetwork,
+    TinyModalities,
+    TinyNetwork,
+    TinyProblem,
+    classification,
+    multimodal,
+    regression,
+)
 from equipoise.testing.report import ConformanceError, Report
 
 __all__ = [
@@ -26,6 +34,7 @@ __all__ = [
     "ConformanceError",
     "KeywordNetwork",
     "Report",
+    "TinyModalities",
     "TinyNetwork",
     "TinyProblem",
     "check_layer",
@@ -34,6 +43,7 @@ __all__ = [
     "check_methods_ddp",
     "check_regularizer",
     "classification",
+    "multimodal",
     "regression",
     "spawn",
 ]

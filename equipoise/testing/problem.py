@@ -1,7 +1,8 @@
 """The tiny problem on which the kit trains: a few dozen generated examples and a network of about hundred parameters.
 
-``classification()`` and ``regression()`` fit most methods. One that needs more (a domain of its own, two views, a model with
-a special layer) gets a ``TinyProblem`` of its author's own: ``check_method(MyMethod, problem=TinyProblem(...))``.
+``classification()`` and ``regression()`` fit most methods, ``multimodal()`` those of several modalities; with ``augment`` a
+problem has random views. A method that needs more (a domain of its own, a model with a special layer) gets a ``TinyProblem``
+of its author's own: ``check_method(MyMethod, problem=TinyProblem(...))``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from equipoise.training import Examples, Method, Run, fit
+from equipoise.training import Examples, Method, Output, Run, fit
 from equipoise.training.batch import Inputs, map_inputs
 
 
@@ -49,6 +50,35 @@ class TinyNetwork(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(values))
+
+
+class TinyModalities(nn.Module):
+    """Inputs ``left`` (N, 4) and ``right`` (N, 3), an encoder for each in ``encoders``, and a linear head on both features.
+
+    Returns an ``Output`` with fused and unimodal logits (N, outputs). ``norm=True`` puts a BatchNorm into each encoder. The initial
+    weights depend on ``seed`` alone; torch's global generator is left as it was.
+    """
+
+    def __init__(self, hidden: int = 5, outputs: int = 3, *, norm: bool = False, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.encoders = nn.ModuleDict(
+                {
+                    name: nn.Sequential(
+                        nn.Linear(width, hidden), nn.BatchNorm1d(hidden) if norm else nn.Identity(), nn.ReLU()
+                    )
+                    for name, width in (("left", 4), ("right", 3))
+                }
+            )
+            self.head = nn.Linear(2 * hidden, outputs)
+
+    def forward(self, *, left: Tensor, right: Tensor) -> Output:
+        features = [self.encoders["left"](left), self.encoders["right"](right)]
+        weights = self.head.weight.chunk(2, dim=1)
+        unimodal = [nn.functional.linear(x, w, self.head.bias) for x, w in zip(features, weights, strict=True)]
+        fused = self.head(torch.cat(features, 1))
+        return Output(fused, fused=fused, unimodal=unimodal)
 
 
 class KeywordNetwork(nn.Module):
@@ -135,7 +165,11 @@ class TinyProblem:
 
 
 def classification(count: int = 37, *, classes: int = 3, features: int = 6, seed: int = 0) -> TinyProblem:
-    """Noisy clusters, float32; every fifth label is wrong. Extras ``domain`` and ``group`` are (count,) int64 in {0, 1}."""
+    """Noisy clusters, float32; every fifth label is wrong.
+
+    Extras: ``domain`` and ``group``, (count,) int64 in {0, 1}; ``protected_group``, the group as a number, and
+    ``protected_score``, (count,) in [0, 1].
+    """
     generator = torch.Generator().manual_seed(seed)
     centres = 1.5 * torch.randn(classes, features, generator=generator)
 
@@ -143,8 +177,7 @@ def classification(count: int = 37, *, classes: int = 3, features: int = 6, seed
         labels = torch.arange(number) % classes
         inputs = centres[labels] + torch.randn(number, features, generator=generator)
         labels = torch.where(torch.arange(number) % 5 == 4, (labels + 1) % classes, labels)
-        domain, group = torch.arange(number) % 2, torch.arange(number) // 2 % 2
-        return Examples(inputs, labels, num_classes=classes, domain=domain, group=group)
+        return Examples(inputs, labels, num_classes=classes, **_extras(number))
 
     make = partial(TinyNetwork, features, outputs=classes)
     return TinyProblem(draw(count), draw(11), make, partial(make, norm=True))
@@ -158,11 +191,38 @@ def regression(count: int = 37, *, outputs: int = 1, features: int = 6, seed: in
     def draw(number: int) -> Examples:
         inputs = torch.randn(number, features, generator=generator)
         targets = inputs @ law + 0.1 * torch.randn(number, outputs, generator=generator)
-        domain, group = torch.arange(number) % 2, torch.arange(number) // 2 % 2
-        return Examples(inputs, targets, domain=domain, group=group)
+        return Examples(inputs, targets, **_extras(number))
 
     make = partial(TinyNetwork, features, outputs=outputs)
     return TinyProblem(draw(count), draw(11), make, partial(make, norm=True), loss=nn.functional.mse_loss)
+
+
+def multimodal(count: int = 37, *, classes: int = 3, seed: int = 0) -> TinyProblem:
+    """Noisy clusters seen through ``left`` (count, 4), clearly, and ``right`` (count, 3), dimly; every fifth label is wrong."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = {
+        "left": torch.randn(classes, 4, generator=generator),
+        "right": torch.randn(classes, 3, generator=generator),
+    }
+
+    def draw(number: int) -> Examples:
+        labels = torch.arange(number) % classes
+        inputs = {
+            name: strength * centre[labels] + torch.randn(number, centre.shape[1], generator=generator)
+            for (name, centre), strength in zip(centres.items(), (2.0, 0.7), strict=True)
+        }
+        labels = torch.where(torch.arange(number) % 5 == 4, (labels + 1) % classes, labels)
+        return Examples(inputs, labels, num_classes=classes)
+
+    make = partial(TinyModalities, outputs=classes)
+    return TinyProblem(draw(count), draw(11), make, partial(make, norm=True))
+
+
+def _extras(count: int) -> dict[str, Tensor]:
+    rows = torch.arange(count)
+    group = rows // 2 % 2
+    score = (rows * 7 % 11).float() / 10
+    return {"domain": rows % 2, "group": group, "protected_group": group.float(), "protected_score": score}
 
 
 @dataclass(frozen=True)

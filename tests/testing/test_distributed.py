@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit_library import METHODS, SKIPS
+from kit_library import METHODS, PROBLEMS, available, case_of, missing
 from kit_toys import BatchMean, FailsInOne, LocalTable, Memory
 
 from equipoise.errors import ArgumentError
@@ -25,18 +25,32 @@ OWN = {"ddp-equals-one": "each process compares with the mean of its share"}
 @pytest.fixture(scope="module")
 def outcomes() -> dict[Any, Report | ConformanceError]:
     # The last one ends the processes.
-    keys = [*METHODS, "memory", "local", "mean", "declared", "fails"]
-    entries = [
-        (m, {}, {k: v for k, v in SKIPS.get(slug, {}).items() if k in DDP_CHECKS}) for slug, m in METHODS.items()
-    ]
+    keys = ["memory", "local", "mean", "declared", "fails"]
     toys = [Memory, LocalTable, BatchMean, (BatchMean, {}, OWN), FailsInOne]
-    return dict(zip(keys, ddp_outcomes([*entries, *toys]), strict=True))
+    return dict(zip(keys, ddp_outcomes(toys), strict=True))
+
+
+@pytest.fixture(scope="module")
+def of_library() -> dict[str, Report | ConformanceError]:
+    """One start for the methods of each problem."""
+    found: dict[str, Report | ConformanceError] = {}
+    for name, problem in PROBLEMS.items():
+        slugs = [slug for slug in available() if case_of(slug).problem == name]
+        entries = [
+            (METHODS[slug], case.settings, {k: v for k, v in case.skip.items() if k in DDP_CHECKS})
+            for slug in slugs
+            for case in [case_of(slug)]
+        ]
+        found |= dict(zip(slugs, ddp_outcomes(entries, problem=problem), strict=True))
+    return found
 
 
 @pytest.mark.parametrize("slug", METHODS)
-def test_library_methods(outcomes, slug):
-    if isinstance(outcomes[slug], ConformanceError):
-        raise outcomes[slug]
+def test_library_methods(of_library, slug):
+    if (package := missing(slug)) is not None:
+        pytest.skip(f"{package} is not installed")
+    if isinstance(of_library[slug], ConformanceError):
+        raise of_library[slug]
 
 
 def test_a_correct_method_passes(outcomes):

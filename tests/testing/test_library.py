@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kit_library import METHODS, SKIPS, VARIANTS
+from kit_library import CASES, METHODS, PROBLEMS, VARIANTS, Case, case_of, missing
 
 from equipoise.testing import check_method
 
 torch.set_num_threads(1)
 
 
+def check(slug: str, case: Case, *, compile: bool = False) -> None:
+    if (package := missing(slug)) is not None:
+        pytest.skip(f"{package} is not installed")
+    check_method(METHODS[slug], settings=case.settings, problem=PROBLEMS[case.problem], skip=case.skip, compile=compile)
+
+
 @pytest.mark.parametrize("slug", METHODS)
 def test_conformance(slug):
-    check_method(METHODS[slug], compile=True, skip=SKIPS.get(slug, {}))
+    check(slug, case_of(slug), compile=True)
 
 
-@pytest.mark.parametrize(("slug", "settings", "skips"), VARIANTS, ids=str)
-def test_conformance_of_variants(slug, settings, skips):
-    check_method(METHODS[slug], settings=settings, skip=SKIPS.get(slug, {}) | skips)
+@pytest.mark.parametrize(("slug", "case"), VARIANTS, ids=lambda value: str(getattr(value, "settings", value)))
+def test_conformance_of_variants(slug, case):
+    check(slug, case)
+
+
+def test_cases_are_those_of_methods_that_exist():
+    assert CASES.keys() <= METHODS.keys()
 
 
 def test_co_teaching_leaves_modes_alone_unless_it_freezes_batch_norm():
