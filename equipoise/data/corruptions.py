@@ -101,7 +101,7 @@ def instance_projection(num_features: int, num_classes: int, generator: torch.Ge
     return torch.randn(num_classes, num_features, num_classes, generator=generator, device=generator.device)
 
 
-def long_tail(labels: Tensor, ratio: float, generator: torch.Generator, *, kind: str = "exp") -> Tensor:
+def long_tail(labels: Tensor, ratio: float, generator: torch.Generator, *, kind: str = "exp", least: int = 1) -> Tensor:
     """Positions (M,) int64, in ascending order, of the examples that stay when the classes are made unequally frequent.
 
     Class c of C keeps ``n_c`` examples, drawn at random, where ``n_max`` is the size of the largest class:
@@ -111,9 +111,10 @@ def long_tail(labels: Tensor, ratio: float, generator: torch.Generator, *, kind:
       others (Buda et al., Neural Networks 2018).
 
     labels: (N,) integers, classes numbered from 0. ratio >= 1: size of the largest class over that of the smallest; reached
-    up to rounding if classes were equally frequent. A class with fewer than ``n_c`` examples keeps all; none keeps fewer than 1.
+    up to rounding if classes were equally frequent. least >= 1: no ``n_c`` is smaller. A class with fewer examples keeps all.
     """
     check_range("ratio", ratio, 1)
+    check_integer("least", least, 1)
     check_choice("kind", kind, ("exp", "step"))
     if labels.ndim != 1 or labels.is_floating_point() or not len(labels) or int(labels.min()) < 0:
         raise ArgumentError(
@@ -126,7 +127,7 @@ def long_tail(labels: Tensor, ratio: float, generator: torch.Generator, *, kind:
     position = torch.arange(classes, dtype=torch.float64, device=labels.device)
     exponent = position / (classes - 1) if kind == "exp" else (position >= classes - classes // 2).double()
     # The tolerance keeps 5000 / 100 from becoming 49.
-    sizes = (counts.max() * ratio**-exponent + 1e-6).long().clamp(min=1)
+    sizes = (counts.max() * ratio**-exponent + 1e-6).long().clamp(min=least)
     order = torch.randperm(len(labels), generator=generator, device=generator.device).to(labels.device)
     order = order[labels[order].argsort(stable=True)]
     rank = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[labels[order]]

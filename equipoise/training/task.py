@@ -168,7 +168,11 @@ def _parse(name: str, value: Any, annotation: str) -> Any:
 
 @dataclass(frozen=True)
 class Problem:
-    """The data of one seed. ``extra`` holds what a task's own metrics need (the clean labels, groups, ...)."""
+    """The data of one seed. ``extra`` holds what a task's own metrics need (the clean labels, groups, ...).
+
+    pool: training rows that the split set apart, where ``train`` is thinned out of them. How much the runs of several seeds
+    overlap, by which intervals are widened, depends on the shares of the split, and not on what a tail leaves of them.
+    """
 
     train: Examples
     validation: Examples
@@ -176,6 +180,7 @@ class Problem:
     input_shape: tuple[int, ...]
     num_outputs: int
     extra: dict[str, Any] = field(default_factory=dict)
+    pool: int | None = None
 
 
 @dataclass(frozen=True)
@@ -274,7 +279,7 @@ class SupervisedTask(Task):
             metrics,
             counted,
             trials[0][2] if members == 1 else [],
-            {"train": len(problem.train), "validation": len(problem.validation), "test": len(problem.test)},
+            {"train": problem.pool or len(problem.train), "validation": len(problem.validation), "test": len(problem.test)},
             trained=self.learned(problem, metrics["best"]),
         )
 

@@ -171,6 +171,13 @@ def test_tail_keeps_nested_examples_and_at_least_one() -> None:
     assert long_tail(labels, 1, seeded()).tolist() == list(range(200))
 
 
+def test_tail_with_a_least_size_keeps_more_of_rare_classes_and_the_same_of_others() -> None:
+    labels = torch.cat([torch.arange(4).repeat(50), torch.full((7,), 4)])
+    plain, padded = (set(long_tail(labels, 1000, seeded(2), least=n).tolist()) for n in (1, 10))
+    assert plain < padded
+    assert torch.bincount(labels[torch.tensor(sorted(padded))]).tolist() == [50, 10, 10, 10, 7]
+
+
 def test_tail_of_unequal_classes_never_invents_examples() -> None:
     labels = torch.tensor([0] * 30 + [1] * 8 + [2] * 100)
     assert torch.bincount(labels[long_tail(labels, 4, seeded())]).tolist() == [30, 8, 25]
@@ -178,7 +185,12 @@ def test_tail_of_unequal_classes_never_invents_examples() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "name"),
-    [({"ratio": 0.5}, "ratio"), ({"kind": "linear"}, "kind"), ({"labels": torch.ones(3)}, "labels")],
+    [
+        ({"ratio": 0.5}, "ratio"),
+        ({"kind": "linear"}, "kind"),
+        ({"least": 0}, "least"),
+        ({"labels": torch.ones(3)}, "labels"),
+    ],
 )
 def test_tail_refuses_bad_arguments(arguments: dict[str, object], name: str) -> None:
     given = {"labels": torch.tensor([0, 1]), "ratio": 10, "generator": seeded(), **arguments}
