@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,8 +120,16 @@ def read_folder(path: Path, image_size: tuple[int, int] | None, like: Tensor | N
     empty = [name for name, found in files.items() if not found]
     if empty:
         raise DataError(f"{path}: folder {empty[0]!r} holds no images ({', '.join(IMAGES)}). Add images, or remove it")
+    inputs = read_images([file for found in files.values() for file in found], image_size, like)
+    return Found(
+        "image", inputs, pd.Series([n for n, found in files.items() for _ in found], name="folder", dtype=object)
+    )
+
+
+def read_images(files: Sequence[Path], image_size: tuple[int, int] | None, like: Tensor | None = None) -> Tensor:
+    """The images of ``files`` in their order, (N, C, H, W) in [0, 1]; ``image_size`` and ``like`` as for ``read_folder``."""
     wanted = None if like is None else ("L" if like.shape[1] == 1 else "RGB")
-    pictures = [(file, *_picture(file, image_size, wanted)) for found in files.values() for file in found]
+    pictures = [(file, *_picture(file, image_size, wanted)) for file in files]
     first, size = pictures[0][0], pictures[0][1].shape[:2] if like is None else tuple(like.shape[2:])
     for file, picture, _ in pictures:
         if picture.shape[:2] != size:
@@ -132,10 +141,7 @@ def read_folder(path: Path, image_size: tuple[int, int] | None, like: Tensor | N
     grey = all(grey for _, _, grey in pictures)
     # The three channels of a grey picture are equal.
     stacked = np.stack([picture[:, :, :1] if grey else picture for _, picture, _ in pictures])
-    inputs = torch.from_numpy(stacked.transpose(0, 3, 1, 2).astype(np.float32)) / 255
-    return Found(
-        "image", inputs, pd.Series([n for n, found in files.items() for _ in found], name="folder", dtype=object)
-    )
+    return torch.from_numpy(stacked.transpose(0, 3, 1, 2).astype(np.float32)) / 255
 
 
 def _picture(file: Path, image_size: tuple[int, int] | None, mode: str | None) -> tuple[np.ndarray, bool]:

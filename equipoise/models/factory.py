@@ -7,7 +7,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -20,27 +20,37 @@ from equipoise.models.reference import MLP, ConvNet, Linear
 
 _REFERENCE: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "cnn": ConvNet, "linear": Linear}
 NAMES = tuple(_REFERENCE)
+Shape = tuple[int, ...] | dict[str, tuple[int, ...]]
 
 
-def build(name: str, input_shape: Sequence[int], num_outputs: int, seed: int = 0) -> nn.Module:
+def build(
+    name: str, input_shape: Sequence[int] | Mapping[str, Sequence[int]], num_outputs: int, seed: int = 0
+) -> nn.Module:
     """A new model whose initial weights follow from ``seed``; PyTorch's global random state stays as it was.
 
     name: "mlp", "cnn", "linear", or "package.module:factory" for a function or class of the user's. The module is imported
         with the working directory on the path. The factory is called with ``input_shape`` (a tuple without the batch axis)
         and ``num_outputs``: by name if its signature has these names, else by position if it takes two arguments, or with
         nothing if it takes none. Other arguments need defaults.
+    input_shape: for a factory, also the shapes of several inputs by their name; it is then called with ``input_shapes``.
 
     Raises ``ArgumentError`` where the name, the module, the factory or what it returns is not usable.
     """
     check_integer("num_outputs", num_outputs, 1)
     check_integer("seed", seed, 0)
-    shape = tuple(int(side) for side in input_shape)
+    shape = _plain(input_shape)
     with _working_directory_on_path():
         # Imported first: a module that draws numbers as it is imported does so only once.
         with _seeded(0):
             factory = _import(name) if ":" in name else _reference(name)
         with _seeded(seed):
             return _call(name, factory, shape, num_outputs) if ":" in name else factory(shape, num_outputs)
+
+
+def _plain(shape: Sequence[int] | Mapping[str, Sequence[int]]) -> Shape:
+    if isinstance(shape, Mapping):
+        return {name: tuple(int(side) for side in sides) for name, sides in shape.items()}
+    return tuple(int(side) for side in shape)
 
 
 @lru_cache
@@ -92,13 +102,13 @@ def _import(name: str) -> Callable[..., Any]:
     return factory
 
 
-def _call(name: str, factory: Callable[..., Any], shape: tuple[int, ...], num_outputs: int) -> nn.Module:
+def _call(name: str, factory: Callable[..., Any], shape: Shape, num_outputs: int) -> nn.Module:
     args, kwargs = _arguments(name, factory, shape, num_outputs)
     try:
         model = factory(*args, **kwargs)
     except Exception as error:
         raise ArgumentError(
-            f"model = {name!r}: failed for input_shape={shape}, num_outputs={num_outputs}: {_told(error)}"
+            f"model = {name!r}: failed for {_argument(shape)}={shape}, num_outputs={num_outputs}: {_told(error)}"
         ) from error
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model = {name!r}: returned {type(model).__name__}: must return a torch.nn.Module")
@@ -106,10 +116,10 @@ def _call(name: str, factory: Callable[..., Any], shape: tuple[int, ...], num_ou
 
 
 def _arguments(
-    name: str, factory: Callable[..., Any], shape: tuple[int, ...], num_outputs: int
+    name: str, factory: Callable[..., Any], shape: Shape, num_outputs: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """How to call the factory: see ``build``."""
-    given = {"input_shape": shape, "num_outputs": num_outputs}
+    given = {_argument(shape): shape, "num_outputs": num_outputs}
     try:
         parameters = list(inspect.signature(factory).parameters.values())
     except ValueError:  # some built-in callables tell no signature
@@ -124,9 +134,13 @@ def _arguments(
     if not named and all(p in by_position for p in required) and 2 in (len(required), len(by_position)):
         return (shape, num_outputs), {}
     raise ArgumentError(
-        f"model = {name!r}: has the signature {inspect.signature(factory)}: must take input_shape and num_outputs, or two "
+        f"model = {name!r}: has the signature {inspect.signature(factory)}: must take {_argument(shape)} and num_outputs, or two "
         "arguments, or none; give defaults to all others"
     )
+
+
+def _argument(shape: Shape) -> str:
+    return "input_shapes" if isinstance(shape, dict) else "input_shape"
 
 
 def _told(error: Exception) -> str:

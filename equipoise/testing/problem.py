@@ -191,7 +191,7 @@ def regression(count: int = 37, *, outputs: int = 1, features: int = 6, seed: in
     def draw(number: int) -> Examples:
         inputs = torch.randn(number, features, generator=generator)
         targets = inputs @ law + 0.1 * torch.randn(number, outputs, generator=generator)
-        return Examples(inputs, targets, **_extras(number))
+        return Examples(inputs, targets, num_classes=None, **_extras(number))
 
     make = partial(TinyNetwork, features, outputs=outputs)
     return TinyProblem(draw(count), draw(11), make, partial(make, norm=True), loss=nn.functional.mse_loss)
