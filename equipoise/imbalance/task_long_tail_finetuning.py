@@ -37,6 +37,7 @@ from equipoise.imbalance.backdoor_adjustment import (
 from equipoise.imbalance.task_long_tail import recall_and_f1
 from equipoise.models import build, source_digest
 from equipoise.training import Examples, Loader, LogUniform, Method, Problem, RunResult, SupervisedTask, TradeOff, fit
+from equipoise.training.batch import Inputs
 from equipoise.training.features import find_head
 from equipoise.training.space import Choice, Space
 
@@ -98,7 +99,7 @@ class LongTailFinetuning(SupervisedTask):
     epochs: int = 15
     validation: float = 0.2
     test: float = 0.2
-    validation_least: int = 10
+    validation_least: int = 20
     data: str | None = None
     target: str | None = None
     test_data: str | None = None
@@ -298,9 +299,8 @@ def _own(names: tuple[str, ...], input_shape: tuple[int, ...], num_outputs: int)
 
 def _extract(backbones: list[FrozenBackbone], examples: Examples) -> Examples:
     """The examples with the features of every backbone, (N, D_b) each, as inputs."""
-    features: list[list[Tensor]] = [[] for _ in backbones]
-    for batch in Loader(examples, 1024):
-        for found, backbone in zip(features, backbones, strict=True):
-            found.append(backbone(**batch.inputs) if isinstance(batch.inputs, dict) else backbone(batch.inputs))
-    inputs = {key(number): torch.cat(found) for number, found in enumerate(features)}
+    inputs: Inputs = {
+        key(number): torch.cat([backbone(batch.inputs) for batch in Loader(examples, 1024)])
+        for number, backbone in enumerate(backbones)
+    }
     return Examples(inputs, examples.targets, num_classes=examples.num_classes)

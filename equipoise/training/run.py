@@ -471,9 +471,16 @@ class Run:
             return self.accelerator.autocast()
         return torch.autocast(self.device.type, torch.bfloat16) if self.mixed_precision == "bf16" else nullcontext()
 
-    def _tap(self, module: nn.Module) -> FeatureTap:
+    def _tap(self, module: nn.Module) -> FeatureTap | None:
+        """The tap in front of a network's head; None for a part of a method (a projection, say) that has no such head."""
         if module not in self._taps:
-            self._taps[module] = FeatureTap(find_head(module, self.head_name))
+            try:
+                head = find_head(module, self.head_name)
+            except ArgumentError:
+                if module is self.model:
+                    raise
+                return None
+            self._taps[module] = FeatureTap(head)
         return self._taps[module]
 
     def _task_loss(self, prediction: Tensor, targets: Tensor) -> Tensor:

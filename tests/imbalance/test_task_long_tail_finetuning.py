@@ -46,7 +46,7 @@ def test_fine_tuning_is_a_tail_in_an_order_of_its_own(task: LongTailFinetuning) 
     sizes = counts[order].tolist()
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == 53 and sizes[-1] == 2
     held = torch.bincount(problem.validation.targets)[order]
-    assert int(held.min()) >= 10 and int(held[0]) > 30
+    assert int(held.min()) == 20 and int(held[0]) > 30
     assert len(problem.test) == 359 and problem.extra["training_rows"] == 1797 - 2 * 359
     orders = [order, *problem.extra["orders"]]
     assert len(orders) == 4 and len({tuple(o.tolist()) for o in orders}) == 4

@@ -157,3 +157,22 @@ def test_fit_takes_a_sampler() -> None:
     seen = Two()
     equipoise.fit(nn.Linear(2, 4), skewed(), epochs=1, batch_size=6, methods=[seen], sampler=ClassBatches(per_class=3))
     assert all(len(batch.targets.unique()) == 2 for batch in seen.seen)
+
+
+class Projecting(Method):
+    """Needs features, and runs a part of its own that has no head."""
+
+    name = "projecting"
+    needs_features = True
+
+    def prepare(self, run: Any) -> None:
+        self.part = run.register(self, "part", nn.Tanh())
+
+    def penalty(self, run: Any, batch: Batch, output: Any) -> torch.Tensor:
+        assert output.features.shape == (len(batch), 16)
+        return 0.1 * run.forward(output.features, self.part).prediction.mean()
+
+
+@pytest.mark.parametrize("head", [None, "1"])
+def test_a_part_without_a_head_may_run_beside_features(head: str | None) -> None:
+    assert train(Projecting(), head=head).global_step == 6
