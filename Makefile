@@ -53,7 +53,7 @@ calibrate: $(VENV)/.core
 	$(BIN)/python benchmarks/calibration.py --real
 
 bench: $(VENV)/.dev
-	for name in fit_overhead noisy_labels jobs; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in fit_overhead noisy_labels jobs sbcl conr anyloss backdoor_adjustment tcm distance_covariance arl; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) site equipoise-results .mypy_cache .ruff_cache .pytest_cache

@@ -1,4 +1,7 @@
-"""Fairness: predictions that are alike for the groups of protected attributes, and for their intersections."""
+"""Fairness: predictions that are alike for the groups of protected attributes, and for their intersections.
+
+The function ``distance_covariance`` is that of the module of the same name, which stays a module here.
+"""
 
 from equipoise.fairness.baselines import FairlearnReductions, Mixture, Reweighing, Unconstrained, reweighing_weights
 from equipoise.fairness.distance_covariance import (
@@ -9,7 +12,6 @@ from equipoise.fairness.distance_covariance import (
     PermutationTest,
     ccdcov,
     distance_correlation,
-    distance_covariance,
     independence_test,
     jdcov,
     u_centered,
@@ -38,7 +40,6 @@ __all__ = [
     "Unconstrained",
     "ccdcov",
     "distance_correlation",
-    "distance_covariance",
     "gerrymandering",
     "hiring",
     "independence_test",

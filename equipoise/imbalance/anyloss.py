@@ -19,14 +19,17 @@ L = 73 is the largest whole number at which A(1) is still below 1 in float64; in
 predicted with p > 0.5 + 16.6 / L hardly move any more. The threshold is built in: predict the positive class where p > 0.5.
 
 ## When to use
-Binary classification judged by one of these scores, above all F1 with few positives, where the threshold cannot be tuned
-afterwards or the model is too small to separate the classes. Linear models and small networks, in full or large batches.
+Binary classification judged by one of these scores, above all F1 with few positives, with a linear model or a small network
+in full or large batches, where no validation data are left to tune a threshold on. Here, a linear model on generated data with
+8 % positives: F1 0.45 against 0.26 of cross-entropy and 0.35 of class-weighted cross-entropy.
 
 ## When not
-Calibrated probabilities are wanted (they are driven to 0 and 1), or a ranking (AUPRC, AUC). Small batches: a batch without a
-positive says nothing, and the mean of 1 - F1 over batches is not 1 - F1 of the data. As fine-tuning of a model that is
-already sure: confident errors have no gradient left. The loss has plateaus: inputs on unequal scales, a large learning rate
-or a bad start may leave it on one. Cross-entropy with a tuned threshold is the rival to beat, and often is not beaten.
+Before cross-entropy with a tuned threshold was tried, which had 0.49 there. For balanced accuracy: class weights are simpler and
+were no worse. Calibrated probabilities are wanted (they are driven to 0 and 1), or a ranking (AUPRC, AUC). Small batches: one
+without a positive says nothing, and the mean of 1 - F1 over batches is not 1 - F1 of the data. Fine-tuning of a model that is
+already sure: confident errors have no gradient left. The loss has plateaus, on which the inputs' scale, the learning rate or
+the start may leave it: on standardised breast cancer data AnyLoss for balanced accuracy ended at F1 0.50, where cross-entropy
+had 0.94; with inputs scaled to [0, 1] it had 0.90. With an MLP on MNIST-1D it was worse than tuned cross-entropy.
 
 ## Cost
 A few elementwise operations on N numbers, as cross-entropy; no further pass, no state. Not a mean over examples: micro-batches

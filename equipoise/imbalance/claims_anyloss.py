@@ -2,7 +2,9 @@
 
 All train a linear model with a bias in float64, from zero, by 500 steps of full-batch gradient descent. Seed k is fold k of a
 stratified 10-fold cross-validation: it is tested on, the next fold validates (for the tuned threshold), the other eight train
-every arm. Scores are at p = 0.5, after a tuned threshold has moved the bias.
+every arm. Scores are at p = 0.5, after a tuned threshold has moved the bias. Folds share training data, so that the intervals,
+Student's t over folds, are somewhat narrow. Class-weighted cross-entropy takes the learning rate 0.34, at which its weights
+have mean 1 (they sum to 2), and also 0.1.
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ class RareEventFolds(RareEvent):
             name: Examples(torch.from_numpy(scaler.transform(inputs[part])), targets[part], num_classes=2)
             for name, part in parts.items()
         }
-        return Problem(**sets, input_shape=(inputs.shape[1],), num_outputs=1)
+        train, validation, test = (sets[name] for name in ("train", "validation", "test"))
+        return Problem(train, validation, test, (inputs.shape[1],), 1)
 
     def build_model(self, problem: Problem, seed: int) -> nn.Module:
         model = super().build_model(problem, seed).double()
@@ -108,6 +111,26 @@ TUNED = (
     arm("tuned-threshold", "tuned-threshold", RATES),
     arm("anyloss-f1", "anyloss", RATES, metric="f1"),
 )
+AGAINST_THRESHOLD = (
+    "At p = 0.5, mean F1 of ten folds: cross-entropy 0.262, class-weighted 0.354 (lr 0.1: 0.343), AnyLoss-F1 0.446; but "
+    "cross-entropy with a threshold tuned on validation data 0.490."
+)
+AGAINST_WEIGHTS = (
+    "Class-weighted cross-entropy has the better balanced accuracy: 0.763 (lr 0.1: 0.774) against 0.745 of AnyLoss-balanced, "
+    "0.749 of AnyLoss-G-mean, 0.735 with a tuned threshold, 0.578 of cross-entropy."
+)
+EDGES = (
+    "Chosen of 0.03 to 10 on validation data: cross-entropy 10 and AnyLoss 0.03, both at the edge of the grid. Mean F1: "
+    "cross-entropy 0.374, class-weighted 0.354, tuned threshold 0.474, AnyLoss-F1 0.482."
+)
+STANDARD = (
+    "Breast cancer with 40 malignant kept, four in each fold; standardised. Mean F1: cross-entropy 0.938, AnyLoss-F1 0.916, tuned "
+    "threshold 0.854 (on four validation positives), AnyLoss-balanced 0.501, AnyLoss-G-mean 0.512."
+)
+MINMAX = (
+    "The same data, scaled to [0, 1]. Mean F1: cross-entropy 0.160, tuned threshold 0.691, AnyLoss-F1 0.913, AnyLoss-balanced "
+    "and AnyLoss-G-mean 0.905. A matter of how far 500 steps lead, not of the loss alone."
+)
 SOURCE = "Han et al., KDD 2024, 102 data sets, single layer (mean F1: BCE 0.561, AnyLoss 0.673; balanced accuracy 0.739, 0.815)"
 OWN = "the library's own observation; the paper reports that AnyLoss has the best F1 on 90 of 102 data sets"
 F1_POINTS, BALANCED_POINTS = "points of test F1", "points of test balanced accuracy"
@@ -138,12 +161,14 @@ CLAIMS = [
     generated(
         claim="Trained alike, AnyLoss for F1 has a much better F1 than cross-entropy.",
         at_least=10.0,
+        remarks=AGAINST_THRESHOLD,
     ),
     generated(
         name="weighted",
         claim="Trained alike, AnyLoss for F1 has a better F1 than cross-entropy weighted by inverse class frequency.",
         reference="class-weighted",
         at_least=5.0,
+        remarks=AGAINST_THRESHOLD,
     ),
     generated(
         name="balanced",
@@ -152,12 +177,14 @@ CLAIMS = [
         metric="last.test_balanced_accuracy",
         unit=BALANCED_POINTS,
         at_least=10.0,
+        remarks=AGAINST_WEIGHTS,
     ),
     generated(
         name="tuned",
         claim="With the learning rate tuned for each loss, AnyLoss for F1 still has a much better F1 than cross-entropy.",
         arms=TUNED,
         at_least=10.0,
+        remarks=EDGES,
     ),
     generated(
         name="threshold",
@@ -165,17 +192,21 @@ CLAIMS = [
         arms=TUNED,
         reference="tuned-threshold",
         at_least=0.0,
+        remarks=EDGES
+        + " The interval holds differences either way; with lr 0.1 for all, the tuned threshold is ahead (0.490, 0.446).",
     ),
     breast_cancer(
         name="separable",
         claim="Where the classes separate well, AnyLoss for F1 keeps up with cross-entropy.",
         at_least=0.0,
+        remarks=STANDARD,
     ),
     breast_cancer(
         name="plateau",
         claim="AnyLoss for balanced accuracy can stay on a plateau where cross-entropy finds the classes.",
         method="anyloss-balanced",
         at_most=-20.0,
+        remarks=STANDARD,
     ),
     breast_cancer(
         name="scaling",
@@ -183,5 +214,6 @@ CLAIMS = [
         settings={"dataset": "breast-cancer", "rate": 0.1, "scaling": "minmax"},
         method="anyloss-balanced",
         at_least=20.0,
+        remarks=MINMAX,
     ),
 ]

@@ -130,7 +130,8 @@ class SOAP(Method):
         scores, targets, index = rows
         if len(scores) < 2 or not int(targets.sum()):
             return 0 * output.prediction.sum()
-        result: Tensor = self.criterion(scores.to(self.criterion.u_all.dtype), targets, index)
+        table = self.criterion.get_buffer("u_all")
+        result: Tensor = self.criterion(scores.to(table.dtype), targets, index)
         return result
 
     def finish(self, run: Run) -> None:

@@ -279,7 +279,11 @@ class SupervisedTask(Task):
             metrics,
             counted,
             trials[0][2] if members == 1 else [],
-            {"train": problem.pool or len(problem.train), "validation": len(problem.validation), "test": len(problem.test)},
+            {
+                "train": problem.pool or len(problem.train),
+                "validation": len(problem.validation),
+                "test": len(problem.test),
+            },
             trained=self.learned(problem, metrics["best"]),
         )
 
