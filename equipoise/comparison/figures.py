@@ -317,8 +317,13 @@ def trade_off(comparison: Comparison, arms: Sequence[ArmResult]) -> Figure | Non
         return None
     best = front([point for _, point in [*tried, *finals]], x_higher, y_higher)
     height = max(300, 18 * len(finals) + 40)
-    everything = [point for _, point in [*tried, *finals]]
-    horizontal, vertical = (Axis.around([p[i] for p in everything], 6) for i in (0, 1))
+    # Configurations far from everything that counts must not press flat what is to be compared.
+    core = [*best, *(point for _, point in finals)]
+    windows = [(2 * min(v) - max(v), 2 * max(v) - min(v)) for v in zip(*core, strict=True)]
+    everywhere = tried
+    tried = [(a, p) for a, p in tried if all(lo <= v <= hi for v, (lo, hi) in zip(p, windows, strict=True))]
+    shown = [*core, *(point for _, point in tried)]
+    horizontal, vertical = (Axis.around([p[i] for p in shown], 6) for i in (0, 1))
     place_of = lambda p: (horizontal.at(p[0]), height * (1 - vertical.at(p[1])))  # noqa: E731
     parts = level(vertical, height, -8)
     parts += [line("grid", horizontal.x(t), 0, horizontal.x(t), height) for t in horizontal.ticks]
@@ -342,6 +347,8 @@ def trade_off(comparison: Comparison, arms: Sequence[ArmResult]) -> Figure | Non
         f"Test {names[1]} (upright) against {names[0]} (across): {better}. Dots are single configurations that tuning tried, on a "
         "tuning split; marks are the tuned arms' means over the final seeds; the line joins what nothing else beats in both."
     )
+    if left_out := len(everywhere) - len(tried):
+        note += f" {left_out} of {len(everywhere)} configurations lie far outside the picture."
     rows = [
         [arm.name, number(point[0], 4), number(point[1], 4), "yes" if point in best else "no"] for arm, point in finals
     ]

@@ -158,14 +158,15 @@ def _over_processes(own: SoftConfusion) -> SoftConfusion:
 
 def _column(values: Tensor, name: str) -> Tensor:
     """(N,) of (N,) or (N, 1), floating point, N >= 1."""
-    if not values.is_floating_point() or values.shape not in (values.shape[:1], (*values.shape[:1], 1)):
+    flat = values.ndim == 1
+    if not values.is_floating_point() or not (flat or (values.ndim == 2 and values.shape[1] == 1)):
         raise ArgumentError(
             f"{name} = {values.dtype} {tuple(values.shape)}: must be floating point of shape (N,) or (N, 1). AnyLoss is for two "
             "classes; with more, train one model for each class against the rest"
         )
     if not values.numel():
         refuse(name, tuple(values.shape), "hold at least one example")
-    return values.squeeze(1) if values.ndim == 2 else values
+    return values if flat else values.squeeze(1)
 
 
 def _labels(targets: Tensor, probs: Tensor) -> Tensor:
@@ -174,18 +175,13 @@ def _labels(targets: Tensor, probs: Tensor) -> Tensor:
         raise ArgumentError(
             f"targets = {targets.dtype} {tuple(targets.shape)}: must have the shape ({len(probs)},) or ({len(probs)}, 1)"
         )
-    targets = targets.reshape(-1)
-    if _may_look(targets) and not _binary(targets):
-        values = ", ".join(f"{value:g}" for value in targets.unique().tolist()[:5])
+    labels = (targets if targets.ndim == 1 else targets.squeeze(1)).to(precise(probs).dtype)
+    if _may_look(labels) and not torch.equal(
+        labels * labels, labels
+    ):  # of all numbers 0 and 1 only are their own squares
+        values = ", ".join(f"{value:g}" for value in labels.unique().tolist()[:5])
         raise ArgumentError(f"targets = values {values}: must lie in {{0, 1}}. AnyLoss is for two classes")
-    return targets.to(precise(probs).dtype)
-
-
-def _binary(targets: Tensor) -> bool:
-    if targets.is_floating_point():
-        return not bool((targets * (1 - targets)).any())  # NaN counts as true
-    low, high = targets.aminmax()
-    return int(low) >= 0 and int(high) <= 1
+    return labels
 
 
 def _check_probabilities(probs: Tensor) -> None:
