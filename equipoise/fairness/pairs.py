@@ -158,13 +158,13 @@ def _sum(y: Tensor, others: Sequence[Tensor]) -> Tensor:
     blocks = _blocks(y, *others)
     variable = Variable(y, blocks[0].stop)
     first, *more = [Centred(s, blocks) for s in others]
-    pulls = []
+    pull = torch.empty_like(y)
     for rows in blocks:
         weights = first.off_diagonal(rows)
         for other in more:
             weights += other.off_diagonal(rows)
-        pulls.append(variable.pull(rows, weights))
-    return torch.cat(pulls).neg_()
+        pull[rows] = variable.pull(rows, weights)
+    return pull.neg_()
 
 
 def _product(y: Tensor, others: Sequence[Tensor], c: float) -> tuple[Tensor, Tensor]:
@@ -184,12 +184,13 @@ def _product(y: Tensor, others: Sequence[Tensor], c: float) -> tuple[Tensor, Ten
         return product.sub_(c ** len(others))
 
     kept = [products(rows) for rows in blocks] if n * n <= KEPT else None
-    sums = torch.cat([product.sum(1) for product in (map(products, blocks) if kept is None else kept)])
-    r, m = sums / (n - 2), sums.sum() / ((n - 1) * (n - 2))
-    pulls = []
+    sums, pull = y.new_empty(n), torch.empty_like(y)
     for rows, product in zip(blocks, map(products, blocks) if kept is None else kept, strict=True):
-        pulls.append(variable.pull(rows, (r - product).add_((r[rows] - m)[:, None])))
-    return torch.cat(pulls), c * sums.sum()
+        sums[rows] = product.sum(1)
+    r, m = sums / (n - 2), sums.sum() / ((n - 1) * (n - 2))
+    for rows, product in zip(blocks, map(products, blocks) if kept is None else kept, strict=True):
+        pull[rows] = variable.pull(rows, (r - product).add_((r[rows] - m)[:, None]))
+    return pull, c * sums.sum()
 
 
 # -- two scalar variables: in the order of both -----------------------------------------------------------------------
@@ -244,6 +245,7 @@ def _before_in_both(order: Tensor, x: Tensor) -> Tensor:
         order = torch.empty_like(order).scatter_(0, target.view(-1), order)
         width = half
     rank = torch.empty_like(order).scatter_(0, order, places).view(-1, leaf)
-    both = (rank[:, None, :] < rank[:, :, None]).tril_(-1)
+    both = (rank[:, None, :] < rank[:, :, None]).tril_(-1).to(x.dtype)
     x = x.view(-1, leaf)
-    return (found + ((x[:, :, None] - x[:, None, :]) * both).sum(2).view(-1))[:n]
+    counted, summed = (both @ torch.stack([torch.ones_like(x), x], 2)).unbind(2)
+    return (found + (x * counted - summed).view(-1))[:n]

@@ -125,6 +125,10 @@ CLAIMS = [
         claim="TCM lowers OPIS on unseen classes by at least 5 %.",
         at_most=-5.0,
         unit=f"{PERCENT}, each model between the distances at which it accepts 1 % and 10 % of negative pairs",
+        remarks=(
+            "Means: OPIS 0.0266 to 0.0251, MAP@R 69.8 to 72.3 %. Margins 0.8 and 0.3: -8.7 %, on every seed; weights 3: -8.6 %. "
+            "The spread over classes of the distance at which a class accepts 5 % of its negative pairs did not change (0.063)."
+        ),
     ),
     world(
         name="recall",
@@ -141,6 +145,10 @@ CLAIMS = [
         metric="last.test_opis_shared",
         at_most=-5.0,
         unit=f"{PERCENT} between the distances 0.85 and 1.1, about the baseline's own range",
+        remarks=(
+            "A model can also leave the shared range: the penalty averaged over all pairs accepts 10 % of the negative pairs at "
+            "0.88 already, and has OPIS 0.0039 there."
+        ),
     ),
     consistency(
         name="tuned-scale",
@@ -150,6 +158,10 @@ CLAIMS = [
         reference="normalised-softmax, tuned scale",
         at_most=-5.0,
         unit=f"{PERCENT}, scale out of 4, 8, 16 and 32",
+        remarks=(
+            "Validation data (15 classes of one seed) chose scale 4 for normalised softmax, which lowers its OPIS by 8.5 % and "
+            "raises recall@1 from 91.3 to 92.3 %, and 16 for TCM. What TCM gives at scale 16 a lower scale gives without it."
+        ),
     ),
     consistency(
         name="hard-pairs",
@@ -158,6 +170,7 @@ CLAIMS = [
         reference="contrastive-penalty, tuned weight",
         at_most=-1.0,
         unit=f"{PERCENT}, TCM with weight 1 against the average's weight out of 1, 3, 10 and 30",
+        remarks="Validation data chose weight 10; with it the average has OPIS 0.0244 and recall@1 92.1 %, TCM 0.0251 and 91.6 %.",
     ),
     consistency(
         name="contrastive-base",
@@ -168,6 +181,7 @@ CLAIMS = [
         reference="supervised-contrastive",
         at_most=-5.0,
         unit=PERCENT,
+        remarks="The base alone has OPIS 0.0251 and recall@1 91.8 %, what TCM reaches on normalised softmax.",
     ),
     consistency(
         name="rotations",
@@ -177,7 +191,7 @@ CLAIMS = [
         arms=(BASE, DEFAULT),
         at_most=-5.0,
         unit=f"{PERCENT} of 16 unseen classes",
-        remarks="An embedding learned from scratch on 22 classes hardly transfers to others.",
+        remarks="Means: OPIS 0.0337 to 0.0447, recall@1 80.3 to 79.2 %. The embedding is learned from 100 images of each class.",
     ),
     consistency(
         name="seen-classes",
@@ -189,5 +203,6 @@ CLAIMS = [
         metric="last.seen_opis",
         at_most=-5.0,
         unit=f"{PERCENT} of the seen classes",
+        remarks="Means: OPIS 0.0206 to 0.0220.",
     ),
 ]

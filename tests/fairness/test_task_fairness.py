@@ -203,7 +203,7 @@ def test_files_of_any_target(tmp_path: Path, classes: int, outputs: int) -> None
     assert [tuple(problem.train.extras[f"protected_{name}"].shape[1:]) for name in task.group] == [(), (3,), ()]
     metrics = run(task, CCdCov, lam=5.0)
     assert np.isfinite(list(metrics.values())).all() and "test_gap_race" in metrics
-    assert run(task, Reweighing)["test_score"] > 0.2
+    assert run(task, Reweighing)["test_quality"] > 0
     assert ("fairlearn-reductions" in task.entrants()) == (
         classes == 2 and importlib.util.find_spec("fairlearn") is not None
     )
