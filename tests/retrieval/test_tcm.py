@@ -1,4 +1,4 @@
-"""TCM and OPIS against the card's numbers, loops in plain Python, and pytorch-metric-learning where it is installed."""
+"""TCM and OPIS against numbers computed by hand, loops in plain Python, and pytorch-metric-learning where it is installed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def at_degrees(*degrees: float) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()], 1)
 
 
-# -- the loss: the card's oracles -------------------------------------------------------------------------------------
+# -- the loss: known values -------------------------------------------------------------------------------------------
 def test_four_embeddings_by_hand() -> None:
     assert tcm_loss(FOUR, LABELS).item() == pytest.approx(0.517876, abs=1e-6)
     assert tcm_loss(FOUR, LABELS, neg_weight=0.0).item() == pytest.approx(0.192893, abs=1e-6)
@@ -276,7 +276,7 @@ def test_tensors_are_checked(arguments: tuple[Any, ...], message: str) -> None:
         TCMLoss()(*arguments)
 
 
-# -- OPIS: the card's oracles -----------------------------------------------------------------------------------------
+# -- OPIS: known values -----------------------------------------------------------------------------------------------
 SIX = at_degrees(0, 10, 30, 90, 130, 150)
 THREES = torch.tensor([0, 0, 0, 1, 1, 1])
 
