@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from scipy.optimize import brentq
-from tiny_multimodal import TinyModalities, multimodal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,7 +27,7 @@ from equipoise.multimodal import (
     scale_gradient,
 )
 from equipoise.multimodal.arl import _weights
-from equipoise.testing import check_method, check_methods_ddp, check_regularizer
+from equipoise.testing import TinyModalities, check_method, check_methods_ddp, check_regularizer, multimodal
 from equipoise.testing.watch import leftover_hooks
 from equipoise.training import Method, Output
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_multimodal import multimodal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,7 +13,7 @@ import equipoise
 from equipoise.errors import ArgumentError
 from equipoise.multimodal import ARL, Aux, AuxScaled, Joint, MultimodalNet, SumFusion, Unimodal, arl_loss
 from equipoise.multimodal.model import AllLogits
-from equipoise.testing import check_method, check_methods_ddp
+from equipoise.testing import check_method, check_methods_ddp, multimodal
 from equipoise.training import Method, Run
 
 torch.set_num_threads(1)

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_multimodal import multimodal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import equipoise
 from equipoise.errors import ArgumentError
 from equipoise.multimodal import OGMGE, ConcatFusion, SumFusion, modality_scores, ogm_coefficients
-from equipoise.testing import check_method, check_methods_ddp
+from equipoise.testing import check_method, check_methods_ddp, multimodal
 
 torch.set_num_threads(1)
 PROBLEM = multimodal()
