@@ -176,9 +176,8 @@ def _labels(targets: Tensor, probs: Tensor) -> Tensor:
             f"targets = {targets.dtype} {tuple(targets.shape)}: must have the shape ({len(probs)},) or ({len(probs)}, 1)"
         )
     labels = (targets if targets.ndim == 1 else targets.squeeze(1)).to(precise(probs).dtype)
-    if _may_look(labels) and not torch.equal(
-        labels * labels, labels
-    ):  # of all numbers 0 and 1 only are their own squares
+    # Of all numbers only 0 and 1 are their own squares.
+    if _may_look(labels) and not torch.equal(labels * labels, labels):
         values = ", ".join(f"{value:g}" for value in labels.unique().tolist()[:5])
         raise ArgumentError(f"targets = values {values}: must lie in {{0, 1}}. AnyLoss is for two classes")
     return labels
