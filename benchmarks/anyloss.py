@@ -17,13 +17,11 @@ Binary cross-entropy is one fused kernel and is shown beside them without a targ
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
+from harness import Bench, parse
 from torch import Tensor
 
 import equipoise
@@ -33,52 +31,7 @@ from equipoise.imbalance.task_rare_event import binary_cross_entropy
 from equipoise.models.reference import MLP
 from equipoise.training import Method
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-SHORTEST = 3e-3  # seconds of one measurement: what is faster is repeated inside it
 PEER, STEP, LINEAR = 1.05, 1.25, 15.0
-
-
-class Bench:
-    """Measures, prints and remembers whether a target was missed."""
-
-    def __init__(self, repeats: int, clock: Callable[[], float]) -> None:
-        self.repeats, self.clock, self.missed = repeats, clock, False
-
-    def measure(self, works: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-        """Seconds of each call, ``repeats`` times in turn."""
-        calls = {}
-        for name, work in works.items():
-            work()
-            start = self.clock()
-            work()
-            calls[name] = max(1, round(SHORTEST / max(self.clock() - start, 1e-9)))
-        seconds: dict[str, list[float]] = {name: [] for name in works}
-        for repeat in range(self.repeats):
-            for name in works if repeat % 2 else reversed(works):
-                start = self.clock()
-                for _ in range(calls[name]):
-                    works[name]()
-                seconds[name].append((self.clock() - start) / calls[name])
-        return seconds
-
-    def table(
-        self, title: str, seconds: Mapping[str, list[float]], reference: str, at_most: Mapping[str, float]
-    ) -> None:
-        """Print each time and its ratio to the reference's."""
-        print(f"\n{title:44} {'fastest':>12} {'ratio':>8} {'median':>8} {'target':>9}")
-        base = seconds[reference]
-        for name, measured in seconds.items():
-            pair = (min(measured) / min(base), statistics.median(measured) / statistics.median(base))
-            good = name not in at_most or min(pair) <= at_most[name]
-            target = f"<= {at_most[name]:.2f}" if name in at_most else ""
-            shown = f"{1e6 * min(measured):.1f} us"
-            print(f"{name:44} {shown:>12} {pair[0]:8.2f} {pair[1]:8.2f} {target:>9}{'' if good else '  MISSED'}")
-            self.missed |= not good
-
-    def require(self, text: str, good: bool) -> None:
-        """Print a fact that must hold."""
-        print(f"{text}: {'yes' if good else 'NO, MISSED'}")
-        self.missed |= not good
 
 
 def soft_f1(logits: Tensor, targets: Tensor, steepness: float = 73.0) -> Tensor:
@@ -120,14 +73,14 @@ def losses(bench: Bench, rows: int) -> None:
     }
     if rows <= 4096:
         works |= others
-    bench.table(f"loss and gradient, N = {rows}", bench.measure(works), peer, {ours: PEER})
+    bench.table(f"loss and gradient, N = {rows}", works, {ours: PEER}, peer=peer)
     bench.require("the same loss, to 1e-6", abs(works[peer]().item() - works[ours]().item()) < 1e-6)
 
 
 def growth(bench: Bench, rows: int = 100_000) -> None:
     works = {f"AnyLoss, N = {n}": both(AnyLoss(), n) for n in (rows, 10 * rows)}
     first, second = works
-    bench.table("ten times the examples", bench.measure(works), first, {second: LINEAR})
+    bench.table("ten times the examples", works, {second: LINEAR}, peer=first)
 
 
 def steps(bench: Bench) -> None:
@@ -156,9 +109,7 @@ def steps(bench: Bench) -> None:
         return epoch
 
     works = {"binary cross-entropy": trainer([]), "anyloss": trainer([AnyLossMethod()])}
-    bench.table(
-        "an epoch: MLP 64-256-256-1, 8 batches of 256", bench.measure(works), next(iter(works)), {"anyloss": STEP}
-    )
+    bench.table("an epoch: MLP 64-256-256-1, 8 batches of 256", works, {"anyloss": STEP})
 
 
 def ranking(bench: Bench, rows: int = 1024) -> None:
@@ -173,26 +124,17 @@ def ranking(bench: Bench, rows: int = 1024) -> None:
         "LibAUC's APLoss": both(lambda z, y: part(z, y, index), rows),
         "AnyLoss, f1": both(AnyLoss(), rows),
     }
-    bench.table(f"a surrogate of AUPRC, N = {rows}", bench.measure(works), "LibAUC's APLoss", {"AnyLoss, f1": PEER})
+    bench.table(f"a surrogate of AUPRC, N = {rows}", works, {"AnyLoss, f1": PEER}, peer="LibAUC's APLoss")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=25, help="measurements of each kind")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu: the process's own time, on a busy machine"
-    )
-    chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
-    bench = Bench(chosen.repeats, CLOCKS[chosen.clock])
+    _, bench = parse(__doc__, 25)
     for rows in (256, 4096, 65_536, 1_000_000):
         losses(bench, rows)
     growth(bench)
     steps(bench)
     ranking(bench)
-    print("\nA target is MISSED." if bench.missed else "\nAll targets met.")
-    return int(bench.missed)
+    return bench.finish()
 
 
 if __name__ == "__main__":

@@ -16,14 +16,12 @@ joint training and what the published scripts do, written out. Targets, exit cod
 
 from __future__ import annotations
 
-import argparse
 import math
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
+from harness import Bench, parse
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,49 +37,8 @@ from equipoise.multimodal import (
 )
 from equipoise.training import Method
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-SHORTEST = 3e-3  # seconds of one measurement: what is faster is repeated inside it
 STEP, COEFFICIENTS, SCORES = 1.10, 1.0, 0.1
 HEAD = {10: 1.0, 100: 0.75}  # by number of classes
-
-
-class Bench:
-    """Measures, prints and remembers whether a target was missed."""
-
-    def __init__(self, repeats: int, clock: Callable[[], float]) -> None:
-        self.repeats, self.clock, self.missed = repeats, clock, False
-
-    def compare(self, title: str, works: Mapping[str, Callable[[], object]], at_most: Mapping[str, float]) -> None:
-        """Time the works in turn, and print each over the first of them."""
-        calls = {}
-        for name, work in works.items():
-            work()
-            start = self.clock()
-            work()
-            calls[name] = max(1, round(SHORTEST / max(self.clock() - start, 1e-9)))
-        seconds: dict[str, list[float]] = {name: [] for name in works}
-        for repeat in range(self.repeats):
-            for name in works if repeat % 2 else reversed(works):
-                start = self.clock()
-                for _ in range(calls[name]):
-                    works[name]()
-                seconds[name].append((self.clock() - start) / calls[name])
-        print(f"\n{title:52} {'fastest':>11} {'ratio':>7} {'median':>7} {'target':>8}")
-        base = seconds[next(iter(works))]
-        for name, measured in seconds.items():
-            ratios = min(measured) / min(base), statistics.median(measured) / statistics.median(base)
-            target = at_most.get(name, math.inf)
-            shown = f"<= {target:.2f}" if name in at_most else ""
-            missed = min(ratios) > target
-            print(
-                f"{name:52} {1e6 * min(measured):8.1f} us {ratios[0]:7.2f} {ratios[1]:7.2f} {shown:>8}{'  MISSED' * missed}"
-            )
-            self.missed |= missed
-
-    def require(self, text: str, good: bool) -> None:
-        """Print a fact that must hold."""
-        print(f"{text}: {'yes' if good else 'NO, MISSED'}")
-        self.missed |= not good
 
 
 # -- whole training steps ---------------------------------------------------------------------------------------------
@@ -107,7 +64,7 @@ def steps(bench: Bench, title: str, shape: tuple[int, ...], net: Callable[[], nn
         "arl": step(ARL(start_epoch=-1)),
         "ogm-ge": step(OGMGE()),
     }
-    bench.compare(title, works, {} if target is None else {"arl": target})
+    bench.table(title, works, {} if target is None else {"arl": target})
 
 
 # -- the concatenation head -------------------------------------------------------------------------------------------
@@ -139,7 +96,7 @@ def heads(bench: Bench, rows: int, width: int, classes: int) -> None:
         "ConcatFusion": both(lambda: head(features)),
         "the fused logits alone": both(joint),
     }
-    bench.compare(
+    bench.table(
         f"concat head, {rows} rows, 2 x {width} features, C = {classes}", works, {"ConcatFusion": HEAD[classes]}
     )
     ours, theirs = head(features), naive()
@@ -175,7 +132,7 @@ def statistics_of_a_batch(bench: Bench, rows: int, classes: int) -> None:
     labels = torch.randint(classes, (rows,), generator=generator)
     fused = logits[0] + logits[1]
     title = f"{rows} rows, C = {classes}"
-    bench.compare(
+    bench.table(
         f"coefficients of ARL, {title}",
         {
             "loop over modalities and classes": lambda: loop_over_modalities(logits),
@@ -185,7 +142,7 @@ def statistics_of_a_batch(bench: Bench, rows: int, classes: int) -> None:
     )
     ours, theirs = arl_coefficients(logits).weights, torch.tensor(loop_over_modalities(logits))
     bench.require("the same weights, to 1e-5", torch.allclose(ours, theirs, atol=1e-5))
-    bench.compare(
+    bench.table(
         f"scores of OGM-GE, {title}",
         {
             "loop over examples": lambda: loop_over_examples(logits, labels),
@@ -198,15 +155,7 @@ def statistics_of_a_batch(bench: Bench, rows: int, classes: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=25, help="measurements of each kind")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu: the process's own time, on a busy machine"
-    )
-    chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
-    bench = Bench(chosen.repeats, CLOCKS[chosen.clock])
+    _, bench = parse(__doc__, 25)
     half, digits = (1, 28, 14), (1, 8, 4)
     shapes = {"left": half, "right": half}
     steps(bench, "a step: CNN encoders, batch 64", half, lambda: make_net(shapes, 10, encoder="cnn", features=64), STEP)
@@ -215,8 +164,7 @@ def main() -> int:
     heads(bench, 64, 64, 10)
     heads(bench, 64, 512, 100)
     statistics_of_a_batch(bench, 64, 10)
-    print("\nA target is MISSED." if bench.missed else "\nAll targets met.")
-    return int(bench.missed)
+    return bench.finish()
 
 
 if __name__ == "__main__":

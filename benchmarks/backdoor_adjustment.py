@@ -17,16 +17,14 @@ target is missed if both miss it. Targets, exit code 1 if one is missed:
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from harness import Bench, parse
 from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,52 +38,7 @@ from equipoise.imbalance.backdoor_adjustment import (
 )
 from equipoise.training import Batch, Examples, Method, Run
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-SHORTEST = 3e-3  # seconds of one measurement: what is faster is repeated inside it
 PRIOR, STACKED, KEPT, MODELS, LOSS = 1.0, 1.10, 3.0, 3.3, 1.25
-
-
-class Bench:
-    """Measures, prints and remembers whether a target was missed."""
-
-    def __init__(self, repeats: int, clock: Callable[[], float]) -> None:
-        self.repeats, self.clock, self.missed = repeats, clock, False
-
-    def measure(self, works: Mapping[str, Callable[[], object]], repeats: int | None = None) -> dict[str, list[float]]:
-        """Seconds of each call, ``repeats`` times in turn."""
-        calls = {}
-        for name, work in works.items():
-            work()
-            start = self.clock()
-            work()
-            calls[name] = max(1, round(SHORTEST / max(self.clock() - start, 1e-9)))
-        seconds: dict[str, list[float]] = {name: [] for name in works}
-        for repeat in range(repeats or self.repeats):
-            for name in works if repeat % 2 else reversed(works):
-                start = self.clock()
-                for _ in range(calls[name]):
-                    works[name]()
-                seconds[name].append((self.clock() - start) / calls[name])
-        return seconds
-
-    def table(self, title: str, seconds: Mapping[str, list[float]], peer: str, at_most: Mapping[str, float]) -> None:
-        """Print the times and their ratios to the peer's; ``at_most``: targets of these ratios."""
-        print(f"\n{title}\n{'':52s}{'fastest':>12s}{'median':>12s}{'ratio':>8s}{'median':>8s}")
-        for name, values in seconds.items():
-            low = min(values) / min(seconds[peer])
-            middle = statistics.median(values) / statistics.median(seconds[peer])
-            verdict = ""
-            if name in at_most:
-                missed = min(low, middle) > at_most[name]
-                self.missed |= missed
-                verdict = f"  target <= {at_most[name]:.2f}: {'MISSED' if missed else 'met'}"
-            times = f"{1e3 * min(values):10.3f}ms{1e3 * statistics.median(values):10.3f}ms"
-            print(f"{name:52s}{times}{low:8.2f}{middle:8.2f}{verdict}")
-
-    def require(self, what: str, holds: bool) -> None:
-        """A target that is no time."""
-        self.missed |= not holds
-        print(f"{what}: {'yes' if holds else 'NO'}")
 
 
 # -- the estimate of the prior ----------------------------------------------------------------------------------------
@@ -115,7 +68,7 @@ def priors(bench: Bench, classes: int, rows: int, repeats: int) -> None:
         ours: partial(estimate_label_prior, z, y),
     }
     title = f"the prior, N = {rows}, C = {classes}"
-    bench.table(title, bench.measure(works, repeats), theirs, {ours: PRIOR})
+    bench.table(title, works, {ours: PRIOR}, peer=theirs, repeats=repeats)
     mine, (other, loss) = estimate_label_prior(z, y), by_lbfgs(z, y)
     same = mine.converged and mine.loss <= loss + 1e-12 and torch.allclose(mine.prior, other, rtol=1e-4, atol=0)
     bench.require(f"converged in {mine.iterations} steps, to a loss as low, and the same prior to 1e-4", same)
@@ -132,7 +85,7 @@ def heads(bench: Bench, rows: int, width: int, classes: int, models: int = 3) ->
     }
     with torch.no_grad():
         title = f"{models} heads, N = {rows}, D = {width}, C = {classes}"
-        bench.table(title, bench.measure(works), one, {many: STACKED})
+        bench.table(title, works, {many: STACKED}, peer=one)
 
 
 # -- kept features ----------------------------------------------------------------------------------------------------
@@ -176,8 +129,8 @@ def training(bench: Bench, rows: int = 512, classes: int = 10) -> None:
     works = {full: trainer(3, Idle()), kept: trainer(3), one: trainer(1)}
     seconds = bench.measure(works)
     title = f"an epoch of {rows} examples, batch 64"
-    bench.table(title, seconds, full, {kept: 1 / KEPT})
-    bench.table(f"{title}: models", {name: seconds[name] for name in (one, kept)}, one, {kept: MODELS})
+    bench.table(title, seconds, {kept: 1 / KEPT}, peer=full)
+    bench.table(f"{title}: models", {name: seconds[name] for name in (one, kept)}, {kept: MODELS}, peer=one)
 
 
 # -- the loss ---------------------------------------------------------------------------------------------------------
@@ -194,20 +147,12 @@ def losses(bench: Bench, rows: int, classes: int) -> None:
     plain, ours = "F.cross_entropy(z + log prior)", "LogitAdjustedLoss"
     works = {plain: both(lambda: F.cross_entropy(z + shift, y)), ours: both(lambda: loss(z, y))}
     target = {ours: LOSS} if rows * classes > 100_000 else {}
-    bench.table(f"the loss and its gradient, N = {rows}, C = {classes}", bench.measure(works), plain, target)
+    bench.table(f"the loss and its gradient, N = {rows}, C = {classes}", works, target, peer=plain)
     bench.require("the same loss, bit for bit", torch.equal(F.cross_entropy(z + shift, y), loss(z, y)))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15, help="measurements of each kind")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu: the process's own time, on a busy machine"
-    )
-    chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
-    bench = Bench(chosen.repeats, CLOCKS[chosen.clock])
+    _, bench = parse(__doc__, 15)
     priors(bench, 10, 4_000, 15)
     priors(bench, 100, 4_000, 7)
     priors(bench, 1_200, 2_400, 3)
@@ -216,8 +161,7 @@ def main() -> int:
     training(bench)
     losses(bench, 128, 100)
     losses(bench, 1024, 1000)
-    print("\nA target is MISSED." if bench.missed else "\nAll targets met.")
-    return int(bench.missed)
+    return bench.finish()
 
 
 if __name__ == "__main__":

@@ -15,13 +15,11 @@ A training step with ConR costs what two views of each example cost, plus the pa
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
+from harness import Bench, parse
 from pytorch_metric_learning.losses import SupConLoss
 from torch import Tensor
 
@@ -32,57 +30,7 @@ from equipoise.imbalance.regression_baselines import weighted_l1_loss
 from equipoise.models.reference import MLP
 from equipoise.training import Method
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-SHORTEST = 3e-3  # seconds of one measurement: what is faster is repeated inside it
 PEER, LOOP = 1.0, 10.0
-
-
-class Bench:
-    """Measures, prints and remembers whether a target was missed."""
-
-    def __init__(self, repeats: int, clock: Callable[[], float]) -> None:
-        self.repeats, self.clock, self.missed = repeats, clock, False
-
-    def table(
-        self,
-        title: str,
-        works: Mapping[str, Callable[[], object]],
-        reference: str,
-        *,
-        at_most: float | None = None,
-        repeats: int | None = None,
-    ) -> None:
-        """Measure all ``works`` in turn and print each time over the reference's; the last one has the target."""
-        calls = {}
-        for name, work in works.items():
-            work()
-            start = self.clock()
-            work()
-            calls[name] = max(1, round(SHORTEST / max(self.clock() - start, 1e-9)))
-        seconds: dict[str, list[float]] = {name: [] for name in works}
-        for repeat in range(repeats or self.repeats):
-            for name in works if repeat % 2 else reversed(works):
-                start = self.clock()
-                for _ in range(calls[name]):
-                    works[name]()
-                seconds[name].append((self.clock() - start) / calls[name])
-        print(f"\n{title:52} {'fastest':>12} {'ratio':>8} {'median':>8} {'target':>8}")
-        base = seconds[reference]
-        for name, measured in seconds.items():
-            pair = (min(measured) / min(base), statistics.median(measured) / statistics.median(base))
-            judged = at_most is not None and name == list(works)[-1]
-            good = not judged or min(pair) <= at_most  # type: ignore[operator]
-            target = f"<= {at_most:.2f}" if judged else ""
-            print(
-                f"{name:52} {1e3 * min(measured):9.3f} ms {pair[0]:8.2f} {pair[1]:8.2f} {target:>8}"
-                f"{'' if good else '  MISSED'}"
-            )
-            self.missed |= not good
-
-    def require(self, text: str, good: bool) -> None:
-        """Print a fact that must hold."""
-        print(f"{text}: {'yes' if good else 'NO, MISSED'}")
-        self.missed |= not good
 
 
 def both(loss: Callable[[Tensor], Tensor], features: Tensor) -> Callable[[], Tensor]:
@@ -106,7 +54,7 @@ def peers(bench: Bench, count: int, width: int) -> None:
     theirs = lambda f: supcon(f, classes)  # noqa: E731
     title = f"loss and gradient, M = {count}, D = {width}"
     works = {"pytorch-metric-learning SupConLoss": both(theirs, features), "conr_loss": both(ours, features)}
-    bench.table(title, works, "pytorch-metric-learning SupConLoss", at_most=PEER)
+    bench.table(title, works, PEER, peer="pytorch-metric-learning SupConLoss")
     gradients = [work() for work in works.values()]
     same = torch.allclose(ours(features), theirs(features), rtol=1e-5) and torch.allclose(*gradients, atol=1e-6)
     bench.require("the same loss and gradient, to 1e-5", same)
@@ -138,7 +86,7 @@ def loops(bench: Bench, count: int, width: int) -> None:
     naive = lambda f: loop_over_anchors(f, labels, guesses)  # noqa: E731
     works = {"Python loop over anchors": both(naive, features), "conr_loss": both(ours, features)}
     title = f"loss and gradient, M = {count}, D = {width}"
-    bench.table(title, works, "Python loop over anchors", at_most=1 / LOOP, repeats=5)
+    bench.table(title, works, 1 / LOOP, peer="Python loop over anchors", repeats=5)
     bench.require("the same loss, to 1e-5", torch.allclose(ours(features), naive(features), rtol=1e-5))
 
 
@@ -175,25 +123,16 @@ def steps(bench: Bench) -> None:
         "two views without contrast (beta 1e-12)": trainer([ConR(1e-12, **settings)], True),
         "ConR with two views": trainer([ConR(**settings)], True),
     }
-    bench.table("an epoch of 20 steps of 64: MLP 64-256-64-1", works, "L1", repeats=10)
+    bench.table("an epoch of 20 steps of 64: MLP 64-256-64-1", works, peer="L1", repeats=10)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=25, help="measurements of each kind")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu: the process's own time, on a busy machine"
-    )
-    chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
-    bench = Bench(chosen.repeats, CLOCKS[chosen.clock])
+    _, bench = parse(__doc__, 25)
     for count, width in ((128, 64), (256, 128), (1024, 128)):
         peers(bench, count, width)
     loops(bench, 256, 64)
     steps(bench)
-    print("\nA target is MISSED." if bench.missed else "\nAll targets met.")
-    return int(bench.missed)
+    return bench.finish()
 
 
 if __name__ == "__main__":

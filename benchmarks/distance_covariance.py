@@ -20,66 +20,19 @@ the fastest and of the median measurement; a target is missed if both miss it. T
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import dcor
 import torch
+from harness import Bench, parse
 from torch import Tensor
 
 from equipoise.fairness.distance_covariance import ccdcov, distance_covariance, jdcov, u_centered
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-SHORTEST = 3e-3  # seconds of one measurement: what is faster is repeated inside it
 PEER, DEFINITION, MEMORY = 1.0, {256: 1.0, 1000: 0.6}, 100.0
-
-
-class Bench:
-    """Measures, prints and remembers whether a target was missed."""
-
-    def __init__(self, repeats: int, clock: Callable[[], float]) -> None:
-        self.repeats, self.clock, self.missed = repeats, clock, False
-
-    def table(self, title: str, works: Mapping[str, Callable[[], object]], at_most: float | None) -> None:
-        """Measure ``works`` in turn; print each time over the fastest of all but the last, which is ours and has the target."""
-        calls = {}
-        for name, work in works.items():
-            work()
-            start = self.clock()
-            work()
-            calls[name] = max(1, round(SHORTEST / max(self.clock() - start, 1e-9)))
-        seconds: dict[str, list[float]] = {name: [] for name in works}
-        for repeat in range(self.repeats):
-            for name in works if repeat % 2 else reversed(works):
-                start = self.clock()
-                for _ in range(calls[name]):
-                    works[name]()
-                seconds[name].append((self.clock() - start) / calls[name])
-        *others, ours = works
-        best = min(others, key=lambda name: min(seconds[name]))
-        print(f"\n{title:46} {'fastest':>12} {'ratio':>8} {'median':>8} {'target':>8}")
-        for name, measured in seconds.items():
-            pair = (
-                min(measured) / min(seconds[best]),
-                statistics.median(measured) / statistics.median(seconds[best]),
-            )
-            judged = at_most is not None and name == ours
-            good = not judged or min(pair) <= at_most  # type: ignore[operator]
-            target = f"<= {at_most:.2f}" if judged else ""
-            print(
-                f"{name:46} {1e3 * min(measured):9.3f} ms {pair[0]:8.2f} {pair[1]:8.2f} {target:>8}"
-                f"{'' if good else '  MISSED'}"
-            )
-            self.missed |= not good
-
-    def require(self, text: str, good: bool) -> None:
-        """Print a fact that must hold."""
-        print(f"{text}: {'yes' if good else 'NO, MISSED'}")
-        self.missed |= not good
 
 
 def data(n: int) -> tuple[Tensor, list[Tensor]]:
@@ -100,7 +53,7 @@ def scalars(bench: Bench, n: int) -> None:
         "dcor, AVL tree": lambda: dcor.u_distance_covariance_sqr(p, s, method="avl"),
         "distance_covariance": lambda: distance_covariance(prediction, age),
     }
-    bench.table(f"two scalar variables, n = {n}", works, PEER if n >= 10_000 else None)
+    bench.table(f"two scalar variables, n = {n}", works, PEER if n >= 10_000 else None, peer=list(works)[:-1])
     theirs = dcor.u_distance_covariance_sqr(p, s, method="mergesort")
     bench.require("dcor's value, to 1e-10", abs(float(distance_covariance(prediction, age)) - theirs) < 1e-10)
 
@@ -183,15 +136,7 @@ def memory(bench: Bench, n: int, columns: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15, help="measurements of each kind")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu: the process's own time, on a busy machine"
-    )
-    chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
-    bench = Bench(chosen.repeats, CLOCKS[chosen.clock])
+    _, bench = parse(__doc__, 15)
     for n in (64, 256, 1000, 2000, 10_000, 100_000):
         scalars(bench, n)
     for n in (64, 256, 1000, 3000):
@@ -201,8 +146,7 @@ def main() -> int:
     print()
     memory(bench, 20_000, 6)
     memory(bench, 100_000, 1)
-    print("\nA target is MISSED." if bench.missed else "\nAll targets met.")
-    return int(bench.missed)
+    return bench.finish()
 
 
 if __name__ == "__main__":

@@ -21,14 +21,12 @@ Two networks (ELR+, Co-teaching) cost what two networks cost; they are shown bes
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from harness import Bench, parse
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,68 +53,8 @@ from equipoise.noisy_labels import (
 from equipoise.noisy_labels.nested_dropout import correct_by_prefix
 from equipoise.training import Method
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-SHORTEST = 3e-3  # seconds of one measurement: what is faster is repeated inside it
 SOFT, ELR_STEP, LOOP = 1.10, 1.25, 10.0
 STREAMING, WHOLE = {10: 10.0, 100: 4.0}, {10: 5.0, 100: 1.0}  # by number of classes
-
-
-class Bench:
-    """Measures, prints and remembers whether a target was missed."""
-
-    def __init__(self, repeats: int, clock: Callable[[], float]) -> None:
-        self.repeats, self.clock, self.missed = repeats, clock, False
-
-    def measure(self, works: Mapping[str, Callable[[], object]], repeats: int | None = None) -> dict[str, list[float]]:
-        """Seconds of each call, ``repeats`` times in turn."""
-        calls = {}
-        for name, work in works.items():
-            work()
-            start = self.clock()
-            work()
-            calls[name] = max(1, round(SHORTEST / max(self.clock() - start, 1e-9)))
-        seconds: dict[str, list[float]] = {name: [] for name in works}
-        for repeat in range(repeats or self.repeats):
-            for name in works if repeat % 2 else reversed(works):
-                start = self.clock()
-                for _ in range(calls[name]):
-                    works[name]()
-                seconds[name].append((self.clock() - start) / calls[name])
-        return seconds
-
-    def table(
-        self,
-        title: str,
-        seconds: Mapping[str, list[float]],
-        reference: str,
-        at_most: Mapping[str, float] | None = None,
-        at_least: Mapping[str, float] | None = None,
-    ) -> None:
-        """Print each time over the reference's (``at_most``), or for ``at_least`` the reference's over each time."""
-        print(f"\n{title:44} {'fastest':>12} {'ratio':>8} {'median':>8} {'target':>9}")
-        base = seconds[reference]
-        for name, measured in seconds.items():
-            pair = (min(measured) / min(base), statistics.median(measured) / statistics.median(base))
-            target, good = "", True
-            if at_least is not None:
-                pair = (1 / pair[0], 1 / pair[1])
-                if name in at_least:
-                    target, good = f">= {at_least[name]:g}", max(pair) >= at_least[name]
-            elif name in (at_most or {}):
-                target, good = f"<= {at_most[name]:.2f}", min(pair) <= at_most[name]  # type: ignore[index]
-            print(
-                f"{name:44} {_time(min(measured)):>12} {pair[0]:8.2f} {pair[1]:8.2f} {target:>9}{'' if good else '  MISSED'}"
-            )
-            self.missed |= not good
-
-    def require(self, text: str, good: bool) -> None:
-        """Print a fact that must hold."""
-        print(f"{text}: {'yes' if good else 'NO, MISSED'}")
-        self.missed |= not good
-
-
-def _time(seconds: float) -> str:
-    return f"{1e6 * seconds:.1f} us" if seconds < 1e-3 else f"{1e3 * seconds:.2f} ms"
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
@@ -147,13 +85,13 @@ def losses(bench: Bench, rows: int, classes: int, examples: int = 50_000) -> Non
         "PSKDLoss": both(lambda: ps_kd(logits, labels, index)),
     }
     seconds = bench.measure(works)
-    bench.table(f"losses, N = {rows}, C = {classes}", seconds, "F.cross_entropy")
+    bench.table(f"losses, N = {rows}, C = {classes}", seconds, peer="F.cross_entropy")
     peer, ours = "F.cross_entropy, probabilities", "soft_cross_entropy"
     pair = {
         peer: both(lambda: F.cross_entropy(logits, soft)),
         ours: both(lambda: soft_cross_entropy(logits, soft)),
     }
-    bench.table(f"the peer, N = {rows}, C = {classes}", bench.measure(pair), peer, at_most={ours: SOFT})
+    bench.table(f"the peer, N = {rows}, C = {classes}", pair, {ours: SOFT}, peer=peer)
     gradients = []
     for work in pair.values():
         work()
@@ -202,7 +140,7 @@ def steps(
     seconds = bench.measure({name: trainer(methods()) for name, methods in METHODS.items()})
     count = -(-len(labels) // 128)
     seconds = {name: [s / count for s in measured] for name, measured in seconds.items()}
-    bench.table(title, seconds, NONE, at_most={} if target is None else {"elr": target})
+    bench.table(title, seconds, {} if target is None else {"elr": target}, peer=NONE)
 
 
 # -- the choice of a prefix -------------------------------------------------------------------------------------------
@@ -233,7 +171,7 @@ def prefixes(bench: Bench, classes: int, rows: int = 2_000, width: int = 512) ->
     }
     title = f"prefixes, D = {width}, N = {rows}, C = {classes}"
     wanted = {streaming: STREAMING[classes], whole: WHOLE[classes]}
-    bench.table(title, bench.measure(works, repeats=3), naive, at_least=wanted)
+    bench.table(title, works, at_least=wanted, peer=naive, repeats=3)
     counts = correct_by_prefix([features], [head], targets)
     selection = select_keep(prefix_logits(features, head.weight, head.bias), targets)
     same = torch.equal(counts, masked_passes(features, head, targets))
@@ -274,7 +212,7 @@ def tables(bench: Bench, classes: int, rows: int = 128, examples: int = 50_000) 
         ours: lambda: update_soft_targets(table, index, logits, beta=BETA, eps=EPS),
     }
     title = f"table of {examples} x {classes}, N = {rows}"
-    bench.table(title, bench.measure(works), loop, at_least={ours: LOOP})
+    bench.table(title, works, at_least={ours: LOOP}, peer=loop)
     mine, theirs = torch.zeros(2, examples, classes)
     for _ in range(3):
         update_soft_targets(mine, index, logits, beta=BETA, eps=EPS)
@@ -304,15 +242,7 @@ def peers() -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=25, help="measurements of each kind")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu: the process's own time, on a busy machine"
-    )
-    chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
-    bench = Bench(chosen.repeats, CLOCKS[chosen.clock])
+    _, bench = parse(__doc__, 25)
     for rows, classes in ((128, 10), (128, 100), (1024, 1000)):
         losses(bench, rows, classes)
     digits = load("digits")
@@ -325,8 +255,7 @@ def main() -> int:
     for classes in (10, 100):
         tables(bench, classes)
     peers()
-    print("\nA target is MISSED." if bench.missed else "\nAll targets met.")
-    return int(bench.missed)
+    return bench.finish()
 
 
 if __name__ == "__main__":

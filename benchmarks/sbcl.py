@@ -16,13 +16,11 @@ A run with SBCL beside cross-entropy and SupCon is shown without a target: two v
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
+from harness import Bench, parse
 from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,56 +32,7 @@ from equipoise.imbalance.sbcl import SBCL, balanced_kmeans, sbcl_loss
 from equipoise.models.reference import MLP
 from equipoise.training import Method
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-SHORTEST = 3e-3  # seconds of one measurement: what is faster is repeated inside it
 PEER = 1.0
-
-
-class Bench:
-    """Measures, prints and remembers whether a target was missed."""
-
-    def __init__(self, repeats: int, clock: Callable[[], float]) -> None:
-        self.repeats, self.clock, self.missed = repeats, clock, False
-
-    def table(
-        self,
-        title: str,
-        works: Mapping[str, Callable[[], object]],
-        *,
-        at_most: float | None = None,
-        repeats: int | None = None,
-    ) -> None:
-        """Measure all ``works`` in turn; print each time over the first one's, which all others must keep to ``at_most``."""
-        calls = {}
-        for name, work in works.items():
-            work()
-            start = self.clock()
-            work()
-            calls[name] = max(1, round(SHORTEST / max(self.clock() - start, 1e-9)))
-        seconds: dict[str, list[float]] = {name: [] for name in works}
-        for repeat in range(repeats or self.repeats):
-            for name in works if repeat % 2 else reversed(works):
-                start = self.clock()
-                for _ in range(calls[name]):
-                    works[name]()
-                seconds[name].append((self.clock() - start) / calls[name])
-        print(f"\n{title:52} {'fastest':>12} {'ratio':>8} {'median':>8} {'target':>8}")
-        base = next(iter(seconds.values()))
-        for name, measured in seconds.items():
-            pair = (min(measured) / min(base), statistics.median(measured) / statistics.median(base))
-            judged = at_most is not None and measured is not base
-            good = not judged or min(pair) <= at_most  # type: ignore[operator]
-            target = f"<= {at_most:.2f}" if judged else ""
-            print(
-                f"{name:52} {1e3 * min(measured):9.3f} ms {pair[0]:8.2f} {pair[1]:8.2f} {target:>8}"
-                f"{'' if good else '  MISSED'}"
-            )
-            self.missed |= not good
-
-    def require(self, text: str, good: bool) -> None:
-        """Print a fact that must hold."""
-        print(f"{text}: {'yes' if good else 'NO, MISSED'}")
-        self.missed |= not good
 
 
 # -- the loss ---------------------------------------------------------------------------------------------------------
@@ -114,7 +63,7 @@ def losses(bench: Bench, size: int, width: int, *, simclr: bool = False) -> None
         full = lambda f: sbcl_loss(unit(f), labels, subclasses, class_temperature=tau)  # noqa: E731
         works["sbcl_loss, subclasses and temperatures"] = both(full, features)
     title = f"loss and gradient, B = {size}, V = 2, D = {width}"
-    bench.table(title, works, at_most=PEER, repeats=3 if simclr else None)
+    bench.table(title, works, dict.fromkeys(list(works)[1:], PEER), repeats=3 if simclr else None)
     gradients = [works[name](), works["sbcl_loss, weight 0"]()]
     same = torch.allclose(ours(features), theirs(features), rtol=1e-5) and torch.allclose(*gradients, atol=1e-6)
     bench.require("the same loss and gradient, to 1e-5", same)
@@ -147,7 +96,7 @@ def clusters(bench: Bench, n: int, count: int, target: float) -> None:
         "loop over sorted pairs": lambda: loop_over_pairs(x, centroids),
         "balanced_kmeans, one iteration": lambda: balanced_kmeans(x, count, init=centroids, max_iter=1),
     }
-    bench.table(f"balanced clusters, n = {n}, K = {count}", works, at_most=1 / target, repeats=5)
+    bench.table(f"balanced clusters, n = {n}, K = {count}", works, 1 / target, repeats=5)
     same = torch.equal(loop_over_pairs(x, centroids), balanced_kmeans(x, count, init=centroids, max_iter=1).labels)
     bench.require("the same clusters", same)
 
@@ -175,15 +124,7 @@ def runs(bench: Bench) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15, help="measurements of each kind")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu: the process's own time, on a busy machine"
-    )
-    chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
-    bench = Bench(chosen.repeats, CLOCKS[chosen.clock])
+    _, bench = parse(__doc__, 15)
     losses(bench, 128, 64)
     losses(bench, 512, 128)
     losses(bench, 64, 64, simclr=True)
@@ -191,8 +132,7 @@ def main() -> int:
     clusters(bench, 5000, 100, 4.0)
     clusters(bench, 5000, 500, 4.0)
     runs(bench)
-    print("\nA target is MISSED." if bench.missed else "\nAll targets met.")
-    return int(bench.missed)
+    return bench.finish()
 
 
 if __name__ == "__main__":

@@ -16,13 +16,11 @@ target.
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
+from harness import Bench, parse
 from pytorch_metric_learning.losses import ThresholdConsistentMarginLoss
 from torch import Tensor
 
@@ -31,47 +29,7 @@ from equipoise.retrieval import TCM, NormalisedSoftmax, Retrieval, opis, tcm_los
 from equipoise.training import Method
 from equipoise.training.fit import Run
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-SHORTEST = 3e-3  # seconds of one measurement: what is faster is repeated inside it
 PEER, NAIVE = 1.0, 0.1
-
-
-class Bench:
-    """Measures, prints and remembers whether a target was missed."""
-
-    def __init__(self, repeats: int, clock: Callable[[], float]) -> None:
-        self.repeats, self.clock, self.missed = repeats, clock, False
-
-    def table(self, title: str, works: Mapping[str, Callable[[], object]], at_most: float | None = None) -> None:
-        """Measure all works in turn and print each time over that of the first; the last must keep to ``at_most``."""
-        calls = {}
-        for name, work in works.items():
-            work()
-            start = self.clock()
-            work()
-            calls[name] = max(1, round(SHORTEST / max(self.clock() - start, 1e-9)))
-        seconds: dict[str, list[float]] = {name: [] for name in works}
-        for repeat in range(self.repeats):
-            for name in works if repeat % 2 else reversed(works):
-                start = self.clock()
-                for _ in range(calls[name]):
-                    works[name]()
-                seconds[name].append((self.clock() - start) / calls[name])
-        print(f"\n{title:56} {'fastest':>12} {'ratio':>8} {'median':>8} {'target':>9}")
-        base = next(iter(seconds.values()))
-        for number, (name, measured) in enumerate(seconds.items(), 1):
-            pair = (min(measured) / min(base), statistics.median(measured) / statistics.median(base))
-            limit = at_most if number == len(seconds) else None
-            good = limit is None or min(pair) <= limit
-            target = "" if limit is None else f"<= {limit:.2f}"
-            figures = f"{1e3 * min(measured):9.3f} ms {pair[0]:8.3f} {pair[1]:8.3f} {target:>9}"
-            print(f"{name:56} {figures}{'' if good else '  MISSED'}")
-            self.missed |= not good
-
-    def require(self, text: str, good: bool) -> None:
-        """Print a fact that must hold."""
-        print(f"{text}: {'yes' if good else 'NO, MISSED'}")
-        self.missed |= not good
 
 
 # -- the loss ---------------------------------------------------------------------------------------------------------
@@ -141,7 +99,7 @@ def metric(bench: Bench, classes: int, per_class: int) -> None:
 # -- a training step --------------------------------------------------------------------------------------------------
 def steps(bench: Bench) -> None:
     """A step of the task's training (MLP 64-256-64, 30 classes x 4), the mean over an epoch."""
-    task = Retrieval()
+    task = Retrieval(dataset="open-world")
     config = {"lr": 1e-3, "weight_decay": 0.0, "scale": 16.0}
     problem = task.problem(0)
 
@@ -165,21 +123,12 @@ def steps(bench: Bench) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9, help="measurements of each kind")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="cpu: the process's own time, on a busy machine"
-    )
-    chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
-    bench = Bench(chosen.repeats, CLOCKS[chosen.clock])
+    _, bench = parse(__doc__, 9)
     for classes, per_class in ((8, 4), (30, 4), (64, 4)):
         losses(bench, classes, per_class)
     metric(bench, 10, 20)
     steps(bench)
-    print("\nA target is MISSED." if bench.missed else "\nAll targets met.")
-    return int(bench.missed)
+    return bench.finish()
 
 
 if __name__ == "__main__":

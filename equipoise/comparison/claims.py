@@ -73,6 +73,8 @@ class Claim:
     def expected(self) -> str:
         """The expectation in words."""
         bound = f"at least {self.at_least:+g}" if self.at_least is not None else f"at most {self.at_most:+g}"
+        if self.method == self.reference:  # two metrics of one arm
+            return f"{self.method}, {self.metric} minus {self.reference_metric}: {bound} {self.unit}"
         return f"{self.method} minus {self.reference}: {bound} {self.unit}"
 
     def judge(self, effect: Estimate) -> str:

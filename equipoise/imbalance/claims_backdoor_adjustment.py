@@ -30,8 +30,7 @@ from equipoise.imbalance.backdoor_adjustment import (
     prior_groups,
 )
 from equipoise.imbalance.baselines import LogitAdjustment
-from equipoise.imbalance.shared import class_counts_of
-from equipoise.imbalance.task_long_tail import recall_and_f1
+from equipoise.imbalance.shared import class_counts_of, recall_and_f1
 from equipoise.imbalance.task_long_tail_finetuning import LongTailFinetuning
 from equipoise.models import MLP
 from equipoise.training import Examples, Problem, Run

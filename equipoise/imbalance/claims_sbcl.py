@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from equipoise.comparison.claims import Claim
 from equipoise.data import split
-from equipoise.imbalance.task_long_tail import LongTail, recall_and_f1
+from equipoise.imbalance.shared import recall_and_f1
+from equipoise.imbalance.task_long_tail import LongTail
 from equipoise.models.reference import MLP
 from equipoise.training import Examples, Problem
 

@@ -1,4 +1,4 @@
-"""What the methods for skewed data share: binary logits as two columns, counts of classes, and their checks."""
+"""What the methods and tasks for skewed data share: binary logits as two columns, counts of classes, recall of each class."""
 
 from __future__ import annotations
 
@@ -56,3 +56,18 @@ def class_counts_of(run: Run, method: str) -> Tensor:
             "classes. Add examples, or number the classes without gaps"
         )
     return counts.to(run.device)
+
+
+def recall_and_f1(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Recall and F1 of each class, (C,) float64 in [0, 1]; predicted is the class of the largest logit.
+
+    logits: (N, C). targets: (N,) integer classes. With TP examples of a class predicted right, FN missed and FP of others taken for
+    it: recall = TP / (TP + FN), NaN for a class without examples; F1 = 2 TP / (2 TP + FP + FN), NaN for one that is neither
+    present nor predicted. The mean of F1 without NaN is the macro F1 of scikit-learn.
+    """
+    classes, predicted = logits.shape[1], logits.argmax(1)
+    right, present, taken = (
+        torch.bincount(labels, minlength=classes).double()
+        for labels in (targets[predicted == targets], targets, predicted)
+    )
+    return right / present, 2 * right / (present + taken)

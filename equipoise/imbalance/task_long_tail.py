@@ -19,6 +19,7 @@ from equipoise.data import RawData, corruptions, fingerprint, load, read, split
 from equipoise.data.augment import Jitter
 from equipoise.errors import ArgumentError, check_choice, check_integer, check_range, refuse
 from equipoise.imbalance.backdoor_adjustment import imbalance_groups
+from equipoise.imbalance.shared import recall_and_f1
 from equipoise.training import Examples, Problem, SupervisedTask, TradeOff
 from equipoise.training.task import cached_problem
 
@@ -191,21 +192,6 @@ class LongTail(SupervisedTask):
         assert self.ratio is not None  # replaced in __post_init__
         rows = corruptions.long_tail(examples.targets, self.ratio, generator, kind=self.kind, least=least)
         return examples.subset(rows)
-
-
-def recall_and_f1(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Recall and F1 of each class, (C,) float64 in [0, 1]; predicted is the class of the largest logit.
-
-    logits: (N, C). targets: (N,) integer classes. With TP examples of a class predicted right, FN missed and FP of others taken for
-    it: recall = TP / (TP + FN), NaN for a class without examples; F1 = 2 TP / (2 TP + FP + FN), NaN for one that is neither
-    present nor predicted. The mean of F1 without NaN is the macro F1 of scikit-learn.
-    """
-    classes, predicted = logits.shape[1], logits.argmax(1)
-    right, present, taken = (
-        torch.bincount(labels, minlength=classes).double()
-        for labels in (targets[predicted == targets], targets, predicted)
-    )
-    return right / present, 2 * right / (present + taken)
 
 
 def _counts(examples: Examples) -> Tensor:

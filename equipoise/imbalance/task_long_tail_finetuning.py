@@ -34,7 +34,7 @@ from equipoise.imbalance.backdoor_adjustment import (
     adapted,
     without_head,
 )
-from equipoise.imbalance.task_long_tail import recall_and_f1
+from equipoise.imbalance.shared import recall_and_f1
 from equipoise.models import build, source_digest
 from equipoise.training import Examples, Loader, LogUniform, Method, Problem, RunResult, SupervisedTask, TradeOff, fit
 from equipoise.training.batch import Inputs

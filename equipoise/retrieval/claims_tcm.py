@@ -23,6 +23,7 @@ from equipoise.training.task import Config
 
 RECIPE = {"lr": 1e-3, "weight_decay": 0.0, "scale": 16.0, "early_stopping": False}
 WORLD: dict[str, Any] = {
+    "dataset": "open-world",
     "classes": 105,
     "validation": 1 / 7,
     "test": 2 / 7,

@@ -15,7 +15,8 @@ from torch import Tensor
 from equipoise import Arm, compare
 from equipoise.errors import ArgumentError, DataError
 from equipoise.imbalance.baselines import Oversampling
-from equipoise.imbalance.task_long_tail import LongTail, recall_and_f1
+from equipoise.imbalance.shared import recall_and_f1
+from equipoise.imbalance.task_long_tail import LongTail
 from equipoise.training import Examples, Problem
 
 

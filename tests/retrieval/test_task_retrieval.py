@@ -37,7 +37,14 @@ from equipoise.training import Loader
 
 torch.set_num_threads(1)
 CONFIG = {"lr": 1e-3, "weight_decay": 1e-4, "scale": 16.0, "early_stopping": False}
-SMALL: dict[str, Any] = {"classes": 20, "epochs": 2, "embedding": 8, "evaluation_size": 10, "batch_size": 40}
+SMALL: dict[str, Any] = {
+    "dataset": "open-world",
+    "classes": 20,
+    "epochs": 2,
+    "embedding": 8,
+    "evaluation_size": 10,
+    "batch_size": 40,
+}
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -82,15 +89,15 @@ def test_other_embedded_data_are_refused(name: str) -> None:
         Retrieval(dataset=name).check()
 
 
-@pytest.mark.parametrize("settings", [{}, {"dataset": "digits"}])
+@pytest.mark.parametrize("settings", [{}, {"dataset": "open-world"}])
 def test_the_splits_share_no_class(settings: dict[str, Any]) -> None:
     task = Retrieval(**settings)
     problem = task.problem(1)
     parts = [set(part.targets.tolist()) for part in (problem.train, problem.validation, problem.test)]
-    assert [len(p) for p in parts] == ([55, 15, 30] if not settings else [22, 6, 12])
+    assert [len(p) for p in parts] == ([55, 15, 30] if settings else [22, 6, 12])
     assert not parts[0] & parts[1] and not parts[1] & parts[2] and not parts[0] & parts[2]
     assert parts[0] == set(range(problem.num_outputs))
-    assert max(problem.test.targets.bincount()) == 20 and max(problem.validation.targets.bincount()) == 20
+    assert max(problem.test.targets.bincount()) == 40 and max(problem.validation.targets.bincount()) == 40
     again, other = task.problem(1), task.problem(2)
     assert torch.equal(again.test.inputs, problem.test.inputs)
     assert not torch.equal(other.test.inputs, problem.test.inputs)
@@ -167,7 +174,7 @@ def test_bad_data_are_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1 of 13 classes of 'item' have fewer than .*'alone' \(1\)"):
         Retrieval(data=str(tmp_path / "one.csv"), target="item").check()
     with pytest.raises(ArgumentError, match="2 classes give 1 to train, 0 to validate and 1 to test on"):
-        Retrieval(classes=2).check()
+        Retrieval(dataset="open-world", classes=2).check()
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------

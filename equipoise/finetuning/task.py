@@ -1,0 +1,323 @@
+"""The fine-tuning task: a model pre-trained on one data set is adapted to a shifted one with few examples.
+
+By default the pre-training happens here, once for each seed: a small transformer learns upright images; then their rotated
+versions, other images and few of them, are what every arm adapts it to, for the same number of steps. Beside the accuracy on
+shifted test images stand what is left on upright ones (``source_accuracy``, and ``forgetting``, the drop), how many numbers
+were trained, and the optimizer's memory. The pre-training is in no arm's cost.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+
+from equipoise.data import RawData, Splits, fingerprint, load, read, split
+from equipoise.errors import ArgumentError, DataError, check_choice, check_integer, check_range, refuse
+from equipoise.models import build
+from equipoise.models.reference import MLP
+from equipoise.training import Examples, Loader, LogUniform, Problem, Run, RunResult, SupervisedTask, TradeOff, fit
+from equipoise.training.method import Method
+from equipoise.training.space import Space
+from equipoise.training.task import Config, cosine
+
+BY_PEFT = ("lora", "rslora", "pissa", "dora")
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+
+
+@dataclass(frozen=True)
+class Finetune(SupervisedTask):
+    """Adapt a pre-trained model to shifted data with few examples; the metric is the accuracy on shifted test data.
+
+    dataset: name of an embedded set of images or sequences (``equipoise.data.available()``).
+    shift: what makes the new data of the old: "rotate" (images by 90 degrees), "invert" (dark and light, or the sign, change
+        places) or "none".
+    pretrain_examples, pretrain_steps: length of the pre-training (AdamW, rate 1e-3, batches of 64), on rows that fine-tuning does
+        not see; by default all that ``train_examples`` leave. 0 steps: the ``model`` of your own comes pre-trained.
+    train_examples: shifted examples to adapt to. validation_examples, test_examples: at most so many.
+    steps: optimizer steps of an adaptation, in ``epochs`` equal parts after each of which the metrics are taken.
+    batch_size: examples of a step; the rows are gone through in random order, again and again.
+    optimizer: "adamw" or "sgd" (without momentum). schedule: "cosine" to zero, or "constant".
+    model: "transformer" (rows of an image are its tokens), "mlp" (layers of widths ``hidden``), "cnn", "linear", or
+        "package.module:factory" of your own.
+    validation, test: shares of the data held out (``test`` only where the data have no test set of their own).
+    data, target: your own file or folder to adapt to, and its target column, with ``shift`` "none".
+    source: the file or folder that your own data's model is pre-trained on, with the same target; forgetting is measured on it.
+    """
+
+    name: ClassVar[str] = "finetune"
+    baseline: ClassVar[str] = "full-finetuning"
+    methods: ClassVar[tuple[str, ...]] = (
+        "linear-probe",
+        *BY_PEFT,
+        "ba-lora",
+        "sara",
+        "gradnormlorp",
+        "sorsa",
+        "allora",
+        "mosa",
+    )
+    trade_off: ClassVar[TradeOff | None] = TradeOff("source_accuracy", "accuracy", x_higher=True)
+
+    model: str = "transformer"
+    dataset: str = "digits"
+    shift: str = "rotate"
+    hidden: tuple[int, ...] = (128, 128)
+    pretrain_examples: int | None = None
+    pretrain_steps: int = 300
+    train_examples: int = 100
+    steps: int = 100
+    epochs: int = 4
+    optimizer: str = "adamw"
+    schedule: str = "cosine"
+    validation: float = 0.2
+    test: float = 0.2
+    validation_examples: int | None = None
+    test_examples: int | None = None
+    data: str | None = None
+    target: str | None = None
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "hidden", tuple(int(width) for width in self.hidden))
+        check_choice("shift", self.shift, ("rotate", "invert", "none"))
+        check_choice("optimizer", self.optimizer, tuple(OPTIMIZERS))
+        check_choice("schedule", self.schedule, ("cosine", "constant"))
+        check_integer("pretrain_steps", self.pretrain_steps, 0)
+        for name in ("train_examples", "steps"):
+            check_integer(name, getattr(self, name), 1)
+        for name in ("pretrain_examples", "validation_examples", "test_examples"):
+            if (value := getattr(self, name)) is not None:
+                check_integer(name, value, 1)
+        for name in ("validation", "test"):
+            check_range(name, getattr(self, name), 0, 1, open_low=True, open_high=True)
+        if self.steps < self.epochs:
+            refuse("steps", self.steps, f"be at least epochs = {self.epochs}")
+        if self.data is None:
+            if self.target is not None or self.source is not None:
+                raise ArgumentError("target, source describe files of your own: give data='file.csv' as well")
+        elif self.shift != "none":
+            object.__setattr__(self, "shift", "none")
+        if self.data is not None and self.source is None and self.pretrain_steps:
+            refuse(
+                "pretrain_steps",
+                self.pretrain_steps,
+                "be 0 for data of your own without source",
+                "Give source='old.csv' to pre-train on, or model='package.module:factory' that returns a pre-trained model",
+            )
+
+    # -- what a trial needs to know -----------------------------------------------------------------------------------
+    @property
+    def resampled(self) -> bool:
+        return self._raw().test is None
+
+    def entrants(self) -> tuple[str, ...]:
+        return tuple(slug for slug in self.methods if slug not in BY_PEFT or find_spec("peft") is not None)
+
+    def check(self) -> list[str]:
+        raw = self._raw()
+        if raw.class_names is None:
+            raise ArgumentError(f"data = {raw.name!r}: has a continuous target; {self.name} needs classes")
+        super().check()
+        remarks = []
+        if self.pretrain_steps:
+            before = self.problem(0).extra["before"]["test"]
+            remarks.append(
+                f"The model was pre-trained here for {self.pretrain_steps} steps, once for each seed (accuracy on unshifted test "
+                f"data {100 * before:.1f} % for seed 0). That is in no arm's cost."
+            )
+        if missing := [slug for slug in self.methods if slug not in self.entrants()]:
+            remarks.append(f"{', '.join(missing)} did not take part: peft is missing (pip install 'equipoise[hf]').")
+        return remarks
+
+    def fingerprint(self) -> dict[str, Any]:
+        files = {key: fingerprint(path) for key in ("data", "source") if (path := getattr(self, key))}
+        return {**super().fingerprint(), **{f"{key}_sha256": value for key, value in files.items()}}
+
+    def space(self) -> Space:
+        """Learning rate and weight decay; the last step counts."""
+        low, high = (1e-4, 2e-2) if self.optimizer == "adamw" else (1e-2, 1.0)
+        return {"lr": LogUniform(low, high), "weight_decay": LogUniform(1e-6, 1e-1)}
+
+    # -- a run --------------------------------------------------------------------------------------------------------
+    def problem(self, seed: int) -> Problem:
+        return _problem(self, seed)
+
+    def build_model(self, problem: Problem, seed: int) -> nn.Module:
+        return copy.deepcopy(problem.extra["pretrained"])
+
+    def fit_options(self, problem: Problem, config: Config) -> dict[str, Any]:
+        rates = {"lr": config["lr"], "weight_decay": config["weight_decay"]}
+        return {
+            "optimizer": partial(OPTIMIZERS[self.optimizer], **rates),
+            "scheduler": cosine if self.schedule == "cosine" else None,
+            "sampler": Passes(-(-self.steps // self.epochs) * self.batch_size),
+        }
+
+    def run(self, method: type[Method], config: Config, seed: int) -> RunResult:
+        """As every task's; its training rows are all that the split sets apart, for pre-training and adaptation."""
+        result = super().run(method, config, seed)
+        result.sizes["train"] = self.problem(seed).extra["training_rows"]
+        return result
+
+    def examine(self, problem: Problem, run: Run) -> dict[str, float]:
+        """What is left of the old task, and what the adaptation took."""
+        optimizer: Any = run.optimizer
+        trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+        memory = state_bytes(optimizer.state_dict()["state"]) / 1024
+        found = {}
+        for part in ("validation", "test"):
+            found[f"{part}_trainable"], found[f"{part}_optimizer_kib"] = float(trained), memory
+            if (examples := problem.extra[f"source_{part}"]) is not None:
+                left = _accuracy(*self.predict(run, Loader(examples, 4096)))
+                found[f"{part}_source_accuracy"] = left
+                found[f"{part}_forgetting"] = problem.extra["before"][part] - left
+        return found
+
+    def shifted(self, inputs: Tensor) -> Tensor:
+        """The new data (N, ...) of the old."""
+        if self.shift == "rotate":
+            if inputs.ndim != 4 or inputs.shape[2] != inputs.shape[3]:
+                refuse(
+                    "shift", self.shift, f"be 'invert' or 'none' for inputs {tuple(inputs.shape[1:])}: no square images"
+                )
+            return inputs.rot90(1, (2, 3)).contiguous()
+        if self.shift == "invert":
+            return 1 - inputs if inputs.ndim == 4 else -inputs
+        return inputs
+
+    # -- the problem of a seed ----------------------------------------------------------------------------------------
+    def _raw(self) -> RawData:
+        return read(self.data, self.target) if self.data else load(self.dataset)
+
+    def _make(self, seed: int) -> Problem:
+        parts = split(self._raw(), seed, validation=self.validation, test=self.test)
+        assert parts.num_classes is not None  # check refuses a continuous target
+        if self.source is not None:
+            old = split(read(self.source, self.target), seed, validation=self.validation, test=self.test)
+            if (old.input_shape, old.num_classes) != (parts.input_shape, parts.num_classes):
+                raise DataError(
+                    f"{self.source}: has inputs {old.input_shape} and {old.num_classes} classes, {self.data} "
+                    f"{parts.input_shape} and {parts.num_classes}: must be the same"
+                )
+            pool, new = old.train, self._first("train_examples", self.train_examples, parts.train)[0]
+        else:
+            old = parts
+            # Rows are stratified: each run of consecutive ones holds each class in proportion.
+            new, pool = self._first("train_examples", self.train_examples, parts.train)
+        if self.pretrain_examples is not None:
+            pool, _ = self._first("pretrain_examples", self.pretrain_examples, pool)
+        validation, test = (
+            examples if limit is None else examples.subset(torch.arange(min(limit, len(examples))))
+            for examples, limit in ((parts.validation, self.validation_examples), (parts.test, self.test_examples))
+        )
+        if self.data is not None and self.source is None:
+            held = {"validation": None, "test": None}
+        elif self.source is not None:
+            held = {"validation": old.validation, "test": old.test}
+        else:
+            held = {"validation": validation, "test": test}
+        model = self._pretrained(pool, old, seed)
+        before = {
+            part: _accuracy(*_predict(model, examples)) for part, examples in held.items() if examples is not None
+        }
+        extra = {
+            "pretrained": model,
+            "source_validation": held["validation"],
+            "source_test": held["test"],
+            "before": before,
+            "training_rows": len(parts.train),
+        }
+        new, validation, test = (self._shift(examples) for examples in (new, validation, test))
+        return Problem(new, validation, test, parts.input_shape, parts.num_classes, extra)
+
+    def _first(self, name: str, count: int, examples: Examples) -> tuple[Examples, Examples]:
+        """The first ``count`` examples, and the others."""
+        if count > len(examples) - (name == "train_examples" and self.pretrain_steps > 0 and self.source is None):
+            refuse(name, count, f"leave rows, of {len(examples)}")
+        rows = torch.arange(len(examples))
+        return examples.subset(rows[:count]), examples.subset(rows[count:])
+
+    def _shift(self, examples: Examples) -> Examples:
+        assert isinstance(examples.inputs, Tensor)  # split gives one tensor
+        return Examples(self.shifted(examples.inputs), examples.targets, num_classes=examples.num_classes)
+
+    def _pretrained(self, pool: Examples, parts: Splits, seed: int) -> nn.Module:
+        named = {"mlp": partial(MLP, hidden=self.hidden, head_bias=True)}
+        if self.model in named:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model: nn.Module = named[self.model](parts.input_shape, parts.num_outputs)
+        else:
+            name = "equipoise.finetuning.model:RowTransformer" if self.model == "transformer" else self.model
+            model = build(name, parts.input_shape, parts.num_outputs, seed)
+        if self.pretrain_steps:
+            adamw = partial(torch.optim.AdamW, lr=1e-3)
+            fit(
+                model,
+                pool,
+                epochs=1,
+                batch_size=64,
+                optimizer=adamw,
+                sampler=Passes(64 * self.pretrain_steps),
+                seed=seed,
+            )
+        return model
+
+
+@dataclass(frozen=True)
+class Passes:
+    """``count`` positions: the rows in random order, again and again; a run's length does not depend on the number of rows."""
+
+    count: int
+
+    def __call__(self, data: Any, batch_size: int, generator: torch.Generator) -> Sampler[int]:
+        return _PassSampler(len(data), self.count, generator)
+
+
+class _PassSampler(Sampler[int]):
+    def __init__(self, rows: int, count: int, generator: torch.Generator) -> None:
+        self.rows, self.count, self.generator = rows, count, generator
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        passes = -(-self.count // self.rows)
+        order = torch.cat([torch.randperm(self.rows, generator=self.generator) for _ in range(passes)])
+        return iter(order[: self.count].tolist())
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of all tensors in an optimizer's state, single numbers such as step counters aside."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size() if state.numel() > 1 else 0
+    if isinstance(state, Mapping):
+        return sum(map(state_bytes, state.values()))
+    return sum(map(state_bytes, state)) if isinstance(state, list | tuple) else 0
+
+
+def _accuracy(prediction: Tensor, targets: Tensor) -> float:
+    return (prediction.argmax(1) == targets).double().mean().item()
+
+
+@torch.no_grad()
+def _predict(model: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
+    was = model.training
+    logits = torch.cat([model.eval()(batch.inputs) for batch in Loader(examples, 4096)])
+    model.train(was)
+    return logits, examples.targets
+
+
+@lru_cache(maxsize=10)
+def _problem(task: Finetune, seed: int) -> Problem:
+    """The problem of a seed, kept for all final seeds of a trial: pre-training it again for each arm would take longest."""
+    return task._make(seed)
