@@ -21,6 +21,7 @@ from torch.utils.data import Sampler
 
 from equipoise.data import RawData, Splits, fingerprint, load, read, split
 from equipoise.errors import ArgumentError, DataError, check_choice, check_integer, check_range, refuse
+from equipoise.finetuning import text
 from equipoise.models import build
 from equipoise.models.reference import MLP
 from equipoise.training import Examples, Loader, LogUniform, Problem, Run, RunResult, SupervisedTask, TradeOff, fit
@@ -29,6 +30,7 @@ from equipoise.training.space import Space
 from equipoise.training.task import Config, cosine
 
 BY_PEFT = ("lora", "rslora", "pissa", "dora")
+SHAKESPEARE = "shakespeare"
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
@@ -36,7 +38,8 @@ OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 class Finetune(SupervisedTask):
     """Adapt a pre-trained model to shifted data with few examples; the metric is the accuracy on shifted test data.
 
-    dataset: name of an embedded set of images or sequences (``equipoise.data.available()``).
+    dataset: name of an embedded set of images or sequences (``equipoise.data.available()``); or "shakespeare", whose genres in
+        modern spelling are the old task of ``model`` "minilm", and in the Folio's the new one (``equipoise.finetuning.text``).
     shift: what makes the new data of the old: "rotate" (images by 90 degrees), "invert" (dark and light, or the sign, change
         places) or "none".
     pretrain_examples, pretrain_steps: length of the pre-training (AdamW, rate 1e-3, batches of 64), on rows that fine-tuning does
@@ -45,8 +48,8 @@ class Finetune(SupervisedTask):
     steps: optimizer steps of an adaptation, in ``epochs`` equal parts after each of which the metrics are taken.
     batch_size: examples of a step; the rows are gone through in random order, again and again.
     optimizer: "adamw" or "sgd" (without momentum). schedule: "cosine" to zero, or "constant".
-    model: "transformer" (rows of an image are its tokens), "mlp" (layers of widths ``hidden``), "cnn", "linear", or
-        "package.module:factory" of your own.
+    model: "transformer" (rows of an image are its tokens), "mlp" (layers of widths ``hidden``), "cnn", "linear",
+        "minilm" (for "shakespeare"), or "package.module:factory" of your own.
     validation, test: shares of the data held out (``test`` only where the data have no test set of their own).
     data, target: your own file or folder to adapt to, and its target column, with ``shift`` "none".
     source: the file or folder that your own data's model is pre-trained on, with the same target; forgetting is measured on it.
@@ -101,6 +104,8 @@ class Finetune(SupervisedTask):
             check_range(name, getattr(self, name), 0, 1, open_low=True, open_high=True)
         if self.steps < self.epochs:
             refuse("steps", self.steps, f"be at least epochs = {self.epochs}")
+        if (self.dataset == SHAKESPEARE) != (self.model == "minilm"):
+            refuse("dataset, model", (self.dataset, self.model), "be 'shakespeare' and 'minilm' together, or neither")
         if self.data is None:
             if self.target is not None or self.source is not None:
                 raise ArgumentError("target, source describe files of your own: give data='file.csv' as well")
@@ -117,14 +122,13 @@ class Finetune(SupervisedTask):
     # -- what a trial needs to know -----------------------------------------------------------------------------------
     @property
     def resampled(self) -> bool:
-        return self._raw().test is None
+        return self.dataset == SHAKESPEARE or self._raw().test is None
 
     def entrants(self) -> tuple[str, ...]:
         return tuple(slug for slug in self.methods if slug not in BY_PEFT or find_spec("peft") is not None)
 
     def check(self) -> list[str]:
-        raw = self._raw()
-        if raw.class_names is None:
+        if self.dataset != SHAKESPEARE and (raw := self._raw()).class_names is None:
             raise ArgumentError(f"data = {raw.name!r}: has a continuous target; {self.name} needs classes")
         super().check()
         remarks = []
@@ -199,6 +203,8 @@ class Finetune(SupervisedTask):
         return read(self.data, self.target) if self.data else load(self.dataset)
 
     def _make(self, seed: int) -> Problem:
+        if self.dataset == SHAKESPEARE:
+            return self._passages(seed)
         parts = split(self._raw(), seed, validation=self.validation, test=self.test)
         assert parts.num_classes is not None  # check refuses a continuous target
         if self.source is not None:
@@ -219,25 +225,35 @@ class Finetune(SupervisedTask):
             examples if limit is None else examples.subset(torch.arange(min(limit, len(examples))))
             for examples, limit in ((parts.validation, self.validation_examples), (parts.test, self.test_examples))
         )
-        if self.data is not None and self.source is None:
-            held = {"validation": None, "test": None}
-        elif self.source is not None:
-            held = {"validation": old.validation, "test": old.test}
-        else:
-            held = {"validation": validation, "test": test}
+        held: dict[str, Examples | None] = {"validation": validation, "test": test}
+        if self.data is not None:
+            own = self.source is not None
+            held = {"validation": old.validation if own else None, "test": old.test if own else None}
         model = self._pretrained(pool, old, seed)
-        before = {
-            part: _accuracy(*_predict(model, examples)) for part, examples in held.items() if examples is not None
-        }
-        extra = {
-            "pretrained": model,
-            "source_validation": held["validation"],
-            "source_test": held["test"],
-            "before": before,
-            "training_rows": len(parts.train),
-        }
         new, validation, test = (self._shift(examples) for examples in (new, validation, test))
-        return Problem(new, validation, test, parts.input_shape, parts.num_classes, extra)
+        return self._assembled(model, held, new, validation, test, parts.input_shape, len(parts.train))
+
+    def _passages(self, seed: int) -> Problem:
+        found = text.domains(self, seed)
+        model = text.probed(found["pool"], self.pretrain_steps, seed)
+        old = {part: found[f"source_{part}"] for part in ("validation", "test")}
+        new, validation, test = (found[name] for name in ("new", "validation", "test"))
+        return self._assembled(model, old, new, validation, test, (text.TOKENS,), len(new) + len(found["pool"]))
+
+    def _assembled(
+        self,
+        model: nn.Module,
+        old: Mapping[str, Examples] | Mapping[str, Examples | None],
+        new: Examples,
+        validation: Examples,
+        test: Examples,
+        shape: tuple[int, ...],
+        rows: int,
+    ) -> Problem:
+        before = {part: _accuracy(*_predict(model, held)) for part, held in old.items() if held is not None}
+        sources = {f"source_{part}": held for part, held in old.items()}
+        extra = {"pretrained": model, "before": before, "training_rows": rows, **sources}
+        return Problem(new, validation, test, shape, new.num_classes or 0, extra)
 
     def _first(self, name: str, count: int, examples: Examples) -> tuple[Examples, Examples]:
         """The first ``count`` examples, and the others."""
@@ -312,7 +328,9 @@ def _accuracy(prediction: Tensor, targets: Tensor) -> float:
 @torch.no_grad()
 def _predict(model: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
     was = model.training
-    logits = torch.cat([model.eval()(batch.inputs) for batch in Loader(examples, 4096)])
+    model.eval()
+    loader = Loader(examples, 4096)
+    logits = torch.cat([model(**b.inputs) if isinstance(b.inputs, dict) else model(b.inputs) for b in loader])
     model.train(was)
     return logits, examples.targets
 
