@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -47,6 +48,7 @@ class Finetune(SupervisedTask):
     train_examples: shifted examples to adapt to. validation_examples, test_examples: at most so many.
     steps: optimizer steps of an adaptation, in ``epochs`` equal parts after each of which the metrics are taken.
     batch_size: examples of a step; the rows are gone through in random order, again and again.
+    rank: of every adapter that has one: a budget, which is not tuned. Layers that cannot hold it stay as they are.
     optimizer: "adamw" or "sgd" (without momentum). schedule: "cosine" to zero, or "constant".
     model: "transformer" (rows of an image are its tokens), "mlp" (layers of widths ``hidden``), "cnn", "linear",
         "minilm" (for "shakespeare"), or "package.module:factory" of your own.
@@ -78,6 +80,7 @@ class Finetune(SupervisedTask):
     train_examples: int = 100
     steps: int = 100
     epochs: int = 4
+    rank: int = 8
     optimizer: str = "adamw"
     schedule: str = "cosine"
     validation: float = 0.2
@@ -95,7 +98,7 @@ class Finetune(SupervisedTask):
         check_choice("optimizer", self.optimizer, tuple(OPTIMIZERS))
         check_choice("schedule", self.schedule, ("cosine", "constant"))
         check_integer("pretrain_steps", self.pretrain_steps, 0)
-        for name in ("train_examples", "steps"):
+        for name in ("train_examples", "steps", "rank"):
             check_integer(name, getattr(self, name), 1)
         for name in ("pretrain_examples", "validation_examples", "test_examples"):
             if (value := getattr(self, name)) is not None:
@@ -137,6 +140,12 @@ class Finetune(SupervisedTask):
             remarks.append(
                 f"The model was pre-trained here for {self.pretrain_steps} steps, once for each seed (accuracy on unshifted test "
                 f"data {100 * before:.1f} % for seed 0). That is in no arm's cost."
+            )
+        sizes = _linear_sizes(self.problem(0).extra["pretrained"])
+        if small := [name for name, size in sizes.items() if size < self.rank]:
+            remarks.append(
+                f"{', '.join(small)}: too small for adapters of rank {self.rank}, and frozen under them. Give a lower rank to "
+                "adapt such layers."
             )
         if missing := [slug for slug in self.methods if slug not in self.entrants()]:
             remarks.append(f"{', '.join(missing)} did not take part: peft is missing (pip install 'equipoise[hf]').")
@@ -197,6 +206,19 @@ class Finetune(SupervisedTask):
         if self.shift == "invert":
             return 1 - inputs if inputs.ndim == 4 else -inputs
         return inputs
+
+    def _fit(self, problem: Problem, method: type[Method], config: Config, *rest: Any) -> Run:
+        return super()._fit(problem, method, {**self._budget(problem, method, config), **config}, *rest)
+
+    def _budget(self, problem: Problem, method: type[Method], config: Config) -> dict[str, Any]:
+        """Rank and target of a method that has them: every layer that can hold the rank."""
+        if not {"rank", "target"} <= set(signature(method).parameters):
+            return {}
+        rank = int(config.get(f"{method.name}.rank", self.rank))
+        sizes = _linear_sizes(problem.extra["pretrained"])
+        fitting = [name for name, size in sizes.items() if size >= rank]
+        target = None if len(fitting) in (0, len(sizes)) else fitting
+        return {f"{method.name}.rank": rank, f"{method.name}.target": target}
 
     # -- the problem of a seed ----------------------------------------------------------------------------------------
     def _raw(self) -> RawData:
@@ -310,6 +332,11 @@ class _PassSampler(Sampler[int]):
         passes = -(-self.count // self.rows)
         order = torch.cat([torch.randperm(self.rows, generator=self.generator) for _ in range(passes)])
         return iter(order[: self.count].tolist())
+
+
+def _linear_sizes(model: nn.Module) -> dict[str, int]:
+    """The smaller dimension of every linear layer."""
+    return {name: min(layer.weight.shape) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
 
 
 def state_bytes(state: Any) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 from equipoise.data import load
 from equipoise.errors import ArgumentError, DataError, MissingDependencyError
 from equipoise.finetuning import text
+from equipoise.finetuning.allora import ALLoRA
 from equipoise.finetuning.baselines import FullFinetuning, LinearProbe
 from equipoise.finetuning.model import RowTransformer
 from equipoise.finetuning.task import Finetune, Passes, state_bytes
@@ -102,6 +103,20 @@ def test_a_linear_probe_trains_the_head_alone() -> None:
     assert last["test_trainable"] == 16 * 10 + 10
 
 
+def test_the_rank_is_the_tasks_and_small_layers_stay_as_they_are() -> None:
+    trained = {}
+    for rank in (2, 12):
+        task = Finetune(**SMALL, rank=rank)
+        trained[rank] = task.run(ALLoRA, CONFIG, 0).metrics["last"]["test_trainable"]
+        assert len(task.check()) == (1 if rank == 2 else 2)
+    assert trained == {2: 2 * (64 + 16 + 16 + 10), 12: 12 * (64 + 16)}  # the head, 16 -> 10, cannot hold rank 12
+    assert "head: too small for adapters of rank 12" in Finetune(**SMALL, rank=12).check()[1]
+    last = Finetune(**SMALL).run(ALLoRA, {**CONFIG, "allora.rank": 1}, 0).metrics["last"]
+    assert last["test_trainable"] == 64 + 16 + 16 + 10
+    with pytest.raises(ArgumentError, match=r"rank = 17: must be at most 16 for a layer 64 -> 16"):
+        Finetune(**SMALL).run(ALLoRA, {**CONFIG, "allora.rank": 17}, 0)
+
+
 def test_state_bytes_looks_into_everything() -> None:
     state = {
         "step": torch.tensor(3.0),
@@ -152,7 +167,7 @@ def test_tables_of_your_own_with_a_source(tmp_path: Path) -> None:
 
 def test_a_model_of_your_own_comes_pre_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mine", sys.modules[__name__])
-    settings = {**SMALL, "train_examples": 40, "model": "mine:pretrained"}
+    settings = {**SMALL, "train_examples": 40, "model": "mine:pretrained", "rank": 2}
     task = Finetune(**{**settings, "pretrain_steps": 0}, data=table(tmp_path / "new.csv", 1.0), target="kind")
     assert task.check() == []
     assert "test_source_accuracy" not in task.run(FullFinetuning, CONFIG, 0).metrics["last"]
@@ -170,6 +185,7 @@ def test_a_model_of_your_own_comes_pre_trained(tmp_path: Path, monkeypatch: pyte
         ({"schedule": "step"}, "schedule = 'step'"),
         ({"steps": 3, "epochs": 4}, "steps = 3: must be at least epochs = 4"),
         ({"train_examples": 0}, "train_examples = 0"),
+        ({"rank": 0}, "rank = 0"),
         ({"source": "old.csv"}, "describe files of your own"),
         ({"model": "minilm"}, "be 'shakespeare' and 'minilm' together"),
         ({"dataset": "shakespeare"}, "be 'shakespeare' and 'minilm' together"),
