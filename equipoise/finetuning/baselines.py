@@ -28,8 +28,9 @@ of `W + s B A` in each step. PiSSA: one SVD a layer at the start. Merged, none c
 Every process starts from the same factors, drawn from the run's seed.
 
 ## Source
-LoRA: Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen, ICLR 2022, arXiv:2106.09685. rsLoRA: Kalajdzievski, 2023, arXiv:2312.03732. PiSSA: Meng,
-Wang, Zhang, NeurIPS 2024, arXiv:2404.02948. DoRA: Liu, Wang, Yin, Molchanov, Wang, Cheng, Chen, ICML 2024, arXiv:2402.09353.
+LoRA: Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen, ICLR 2022, arXiv:2106.09685. rsLoRA: Kalajdzievski, 2023,
+arXiv:2312.03732. PiSSA: Meng, Wang, Zhang, NeurIPS 2024, arXiv:2404.02948. DoRA: Liu, Wang, Yin, Molchanov, Wang, Cheng, Chen, ICML
+2024, arXiv:2402.09353.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ class LinearProbe(Method):
     def prepare(self, run: Run) -> None:
         head = run.head()
         if not any(True for _ in head.parameters()):
-            raise ArgumentError(f"head: {type(head).__name__} has no parameters to train. Name another: head='path.to.layer'")
+            raise ArgumentError(
+                f"head: {type(head).__name__} has no parameters to train. Name another: head='path.to.layer'"
+            )
         run.model.requires_grad_(False)
         head.requires_grad_(True)
 
@@ -95,7 +98,9 @@ class PeftLoRA(Method):
         for layer in layers.values():
             check_rank(self.rank, layer)
         if "" in layers:
-            raise ArgumentError("model is an nn.Linear itself, in which peft has no place to attach. Wrap it: nn.Sequential(model)")
+            raise ArgumentError(
+                "model is an nn.Linear itself, in which peft has no place to attach. Wrap it: nn.Sequential(model)"
+            )
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.rank if self.alpha is None else self.alpha,  # type: ignore[arg-type]
@@ -103,14 +108,9 @@ class PeftLoRA(Method):
             target_modules="|".join(map(re.escape, layers)),
             **self.options,
         )
-        dtypes = {layer: layer.weight.dtype for layer in layers.values()}
-        for layer, dtype in dtypes.items():
-            layer.to(torch.float32 if dtype == torch.float64 else dtype)  # peft's PiSSA refuses float64
         with torch.random.fork_rng(devices=[]):  # peft draws from the global generator of the CPU
             torch.default_generator.manual_seed(derived_seed(run.seed, self.name))
             self.tuner = LoraModel(run.model, config, "default")
-        for path, dtype in zip(layers, dtypes.values(), strict=True):
-            run.model.get_submodule(path).to(dtype)
 
     def finish(self, run: Run) -> None:
         run.model = self.tuner.merge_and_unload()
@@ -157,7 +157,8 @@ class RsLoRA(PeftLoRA):
 class PiSSA(PeftLoRA):
     """LoRA that starts from the principal singular vectors of each weight, of which the rest is frozen.
 
-    Arguments as in ``LoRA``. Neutral would be rank 0, which trains nothing. The split is made in float32.
+    Arguments as in ``LoRA``. Neutral would be rank 0, which trains nothing. A float64 weight is rounded to
+    float32 first, in which peft splits it.
     """
 
     name = "pissa"
@@ -168,6 +169,15 @@ class PiSSA(PeftLoRA):
         "https://arxiv.org/abs/2404.02948",
     )
     options: ClassVar[Mapping[str, Any]] = {"init_lora_weights": "pissa"}
+
+    def prepare(self, run: Run) -> None:
+        layers = find_targets(run.model, self.target)
+        wide = [path for path, layer in layers.items() if layer.weight.dtype == torch.float64]  # which peft refuses
+        for path in wide:
+            run.model.get_submodule(path).float()
+        super().prepare(run)
+        for path in wide:
+            run.model.get_submodule(path).double()
 
 
 class DoRA(PeftLoRA):
