@@ -1,4 +1,4 @@
-"""The commands: compare, tasks, methods, show, reproduce, report. Torch is imported only by those that train."""
+"""The commands: compare, tasks, methods, show, reproduce, report, merge. Torch is imported only by those that train."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from equipoise import __version__, catalogue
+from equipoise.cli.merge import merge
 from equipoise.errors import ArgumentError, suggestion
 
 if TYPE_CHECKING:
@@ -123,6 +124,9 @@ def compare(
         causes = [arm.sentence for arm in found.arms if arm.failed]
         print(f"error: {found.failed} final runs or arms failed ({causes[0]}); see {found.report}", file=sys.stderr)
         raise typer.Exit(1)
+
+
+app.command()(merge)
 
 
 @app.command()

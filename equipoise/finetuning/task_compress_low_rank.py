@@ -60,9 +60,10 @@ class CompressLowRank(Finetune):
     baseline: ClassVar[str] = "svd-finetune"
     methods: ClassVar[tuple[str, ...]] = ("full-finetuning", "svd-only", "svd-distill", "low-rank-scratch", "pela")
     trade_off: ClassVar[TradeOff | None] = TradeOff("parameters", "accuracy", x_higher=False)
-    # What Finetune has and this task has not: data that differ from those of the pre-training.
+    # What Finetune has and this task has not: data that differ from those of the pre-training, and adapters.
     shift: ClassVar[str] = "none"  # type: ignore[misc]
     source: ClassVar[str | None] = None  # type: ignore[misc]
+    rank: ClassVar[int] = 8  # type: ignore[misc]
 
     model: str = "mlp"
     hidden: tuple[int, ...] = (256, 256, 256)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from equipoise.catalogue import methods
@@ -18,13 +21,34 @@ OPTIONAL = {
     "soap": "libauc",
     "fairlearn-reductions": "fairlearn",
     **dict.fromkeys(("contrastive", "triplet", "proxy-anchor", "arcface"), "pytorch_metric_learning"),
+    **dict.fromkeys(("lora", "rslora", "pissa", "dora"), "peft"),
 }
+
+
+class ResidualNetwork(nn.Module):
+    """A linear layer, a residual branch (the feed-forward part that some adapters need), and a linear head: (N, 6) -> (N, 3)."""
+
+    def __init__(self, *, norm: bool = False) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.body = nn.Linear(6, 8)
+            self.norm = nn.BatchNorm1d(8) if norm else nn.Identity()
+            self.branch = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+            self.head = nn.Linear(8, 3)
+
+    def forward(self, values: Tensor) -> Tensor:
+        h = self.norm(self.body(values))
+        return self.head(h + self.branch(h))
+
+
 PROBLEMS: dict[str, TinyProblem] = {
     "classes": classification(),
     "two classes": classification(classes=2),
     "views": replace(classification(), augment=Jitter()),
     "values": replace(regression(), loss=F.l1_loss),
     "modalities": multimodal(),
+    "residual": replace(classification(), network=ResidualNetwork, norm_network=partial(ResidualNetwork, norm=True)),
 }
 
 
@@ -88,6 +112,14 @@ CASES: dict[str, Case] = {
     "arl": Case({"start_epoch": 0}, "modalities", micro("the factors are those of each micro-batch")),
     "aux": Case({"start_epoch": 0}, "modalities"),
     "aux-scaled": Case({"start_epoch": 0}, "modalities"),
+    **dict.fromkeys(("lora", "rslora", "pissa", "dora"), Case({"rank": 2})),
+    "ba-lora": Case({"rank": 2, "k": 2}, skip=micro("covariance and spectrum are those of each micro-batch")),
+    "sorsa": Case({"rank": 2}),
+    "allora": Case({"rank": 2}),
+    "sara": Case({"threshold": 0.2, "lr": 0.05, "lambda_rank": 0.0}),
+    "gradnormlorp": Case({"rank": 2}),
+    "mosa": Case({"bottleneck": 4, "dropout": 0.0}, "residual"),
+    **dict.fromkeys(("pela", "svd-only", "svd-finetune", "svd-distill", "low-rank-scratch"), Case(problem="residual")),
 }
 # Settings under which a method takes another path than by default.
 VARIANTS: list[tuple[str, Case]] = [
@@ -105,6 +137,28 @@ VARIANTS: list[tuple[str, Case]] = [
     ("balanced-mse", Case({"learn": False}, "values", CASES["balanced-mse"].skip)),
     ("backdoor-adjustment", Case({"space": "probs", "adapter": 0})),
     ("anyloss", Case({"metric": "gmean"}, "two classes", CASES["anyloss"].skip)),
+    ("lora", Case({"rank": 1, "alpha": 2.0, "dropout": 0.2, "target": ["body"]})),
+    (
+        "ba-lora",
+        Case(
+            {"rank": 2, "task": "nlg", "k": 2, "top_k": 2, "alpha": 1.0},
+            skip={
+                "accumulation": "the spectrum is that of each micro-batch",
+                "ddp-equals-one": "the spectrum is that of each process's share",
+            },
+        ),
+    ),
+    ("sorsa", Case({"rank": 1, "gamma": 0.05, "dropout": 0.3, "alpha": 2.0})),
+    ("allora", Case({"rank": 1, "eta": float("inf"), "target": ["body"]})),
+    ("mosa", Case({"bottleneck": 4, "share": "none", "add_weight": 0.5}, "residual")),
+    ("mosa", Case({"bottleneck": 4, "num_experts": 1, "reg_weight": 0.0}, "residual")),
+    ("pcb-merging", Case({"form": "softmax", "coefficients": 1.5})),
+    ("pcb-merging", Case({"inter": "pairwise", "clip": 0.01, "exclude": ("head",)})),
+    ("dare", Case({"elect_sign": True})),
+    ("sara", Case({"threshold": 0.2, "lr": 0.05, "lambda_rank": 0.0, "sparse": False})),
+    ("gradnormlorp", Case({"rank": 2, "update_gap": 4, "side": "both", "target": ["body"]})),
+    ("gradnormlorp", Case({"rank": 2, "mode": "adapter"})),
+    ("pela", Case({"intermediate_steps": 4, "beta": 1.0, "eps": 0.0}, "residual")),
 ]
 
 
