@@ -240,7 +240,7 @@ def test_other_forms_of_target() -> None:
         ("[", "target = '[': must be a regular expression"),
         (lambda name, module: False, "matches no nn.Linear of the model. Its linear layers"),
     ],
-    ids=str,
+    ids=range(10),
 )
 def test_a_target_that_means_no_linear_layer(target: Any, message: str) -> None:
     with pytest.raises(ArgumentError) as error:
