@@ -256,6 +256,10 @@ class SaRAAdamW(ExactOptimizer):
 
 def _refuse_threshold(threshold: float, parameters: list[Tensor]) -> None:
     smallest = min((float(p.detach().abs().min()) for p in parameters if p.numel()), default=math.inf)
+    if math.isinf(smallest):
+        raise ArgumentError(
+            "model: has no parameter that requires a gradient. Call model.requires_grad_(True) first, as after merged adapters"
+        )
     refuse(
         "threshold",
         threshold,
