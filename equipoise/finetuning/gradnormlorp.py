@@ -411,10 +411,10 @@ def apply_gradnormlorp(
 class GradNormLoRP(Method):
     """Train matrices by their rows' magnitudes and low-rank projected directions, with a fraction of Adam's memory.
 
-    rank: >= 1, a budget that is not tuned. mode: "optimizer" replaces the run's optimizer by ``GradNormLoRPAdamW`` with its learning rate and weight
-    decay; all parameters train, the targets' weights at this rank. "adapter" trains ``GradNormLoRPLinear`` layers alone, with
-    the run's optimizer, and merges them at the end. update_gap, scale, side, state_bits: of the optimizer, in its mode only.
-    target: the linear layers, as in ``find_targets``; None for all.
+    rank: >= 1, a budget that is not tuned. mode: "optimizer" replaces the run's optimizer by ``GradNormLoRPAdamW`` with its
+    learning rate and weight decay; all parameters train, the targets' weights at this rank. "adapter" trains
+    ``GradNormLoRPLinear`` layers alone, with the run's optimizer, and merges them at the end. update_gap, scale, side,
+    state_bits: of the optimizer, in its mode only. target: the linear layers, as in ``find_targets``; None for all.
 
     There is no neutral setting: at full rank too the rows' magnitudes and directions train in the place of the weights.
     """

@@ -641,5 +641,7 @@ def test_parametrizations_of_others_are_left_alone() -> None:
 def test_a_frozen_model_has_one_clear_error() -> None:
     model = nn.Linear(4, 3).requires_grad_(False)
     data = torch.randn(8, 4), torch.arange(8) % 3
-    with pytest.raises(ArgumentError, match=r"model: has no parameter that requires a gradient.*requires_grad_\(True\)"):
+    with pytest.raises(
+        ArgumentError, match=r"model: has no parameter that requires a gradient.*requires_grad_\(True\)"
+    ):
         equipoise.fit(model, data, epochs=1, methods=[SaRA()])
