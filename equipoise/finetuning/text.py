@@ -121,5 +121,5 @@ def probed(pool: Examples, steps: int, seed: int) -> MiniLMClassifier:
         value.backward()
         return value
 
-    fitted.step(loss)  # type: ignore[arg-type]
+    fitted.step(loss)
     return model
