@@ -9,6 +9,8 @@ were trained, and the optimizer's memory. The pre-training is in no arm's cost.
 from __future__ import annotations
 
 import copy
+import math
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -219,6 +221,13 @@ class Finetune(SupervisedTask):
         fitting = [name for name, size in sizes.items() if size >= rank]
         target = None if len(fitting) in (0, len(sizes)) else fitting
         return {f"{method.name}.rank": rank, f"{method.name}.target": target}
+
+    def step_seconds(self, method: type[Method], config: Config, seed: int) -> float:
+        """Of one part of the steps: an epoch here is no pass over the data."""
+        problem, start = self.problem(seed), time.perf_counter()
+        self._fit(problem, method, config, seed, 0, 1, lambda run: {})
+        members = math.ceil(config.get("compute_ratio", 1.0)) if config.get("compute") == "ensemble" else 1
+        return (time.perf_counter() - start) * members
 
     # -- the problem of a seed ----------------------------------------------------------------------------------------
     def _raw(self) -> RawData:
