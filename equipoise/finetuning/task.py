@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -185,12 +185,10 @@ class Finetune(SupervisedTask):
 
     def examine(self, problem: Problem, run: Run) -> dict[str, float]:
         """What is left of the old task, and what the adaptation took."""
-        optimizer: Any = run.optimizer
-        trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
-        memory = state_bytes(optimizer.state_dict()["state"]) / 1024
+        memory = state_bytes(run.optimizer.state_dict()["state"]) / 1024
         found = {}
         for part in ("validation", "test"):
-            found[f"{part}_trainable"], found[f"{part}_optimizer_kib"] = float(trained), memory
+            found[f"{part}_trainable"], found[f"{part}_optimizer_kib"] = float(run.trained), memory  # type: ignore[attr-defined]
             if (examples := problem.extra[f"source_{part}"]) is not None:
                 left = _accuracy(*self.predict(run, Loader(examples, 4096)))
                 found[f"{part}_source_accuracy"] = left
@@ -209,8 +207,27 @@ class Finetune(SupervisedTask):
             return 1 - inputs if inputs.ndim == 4 else -inputs
         return inputs
 
-    def _fit(self, problem: Problem, method: type[Method], config: Config, *rest: Any) -> Run:
-        return super()._fit(problem, method, {**self._budget(problem, method, config), **config}, *rest)
+    def _fit(
+        self,
+        problem: Problem,
+        method: type[Method],
+        config: Config,
+        seed: int,
+        member: int,
+        epochs: int,
+        on_epoch_end: Callable[[Run], dict[str, Any]],
+    ) -> Run:
+        def look(run: Run) -> dict[str, Any]:
+            # Counted while it trains: in the end a method may have made dense again what trained in part.
+            groups = run.optimizer.param_groups
+            trained.append(sum(p.numel() for group in groups for p in group["params"] if p.requires_grad))
+            return on_epoch_end(run)
+
+        trained: list[int] = []
+        config = {**self._budget(problem, method, config), **config}
+        run = super()._fit(problem, method, config, seed, member, epochs, look)
+        run.trained = trained[-1]  # type: ignore[attr-defined]  # for examine
+        return run
 
     def _budget(self, problem: Problem, method: type[Method], config: Config) -> dict[str, Any]:
         """Rank and target of a method that has them: every layer that can hold the rank."""

@@ -17,6 +17,7 @@ from equipoise.finetuning import text
 from equipoise.finetuning.allora import ALLoRA
 from equipoise.finetuning.baselines import FullFinetuning, LinearProbe
 from equipoise.finetuning.model import RowTransformer
+from equipoise.finetuning.sara import SaRA
 from equipoise.finetuning.task import Finetune, Passes, state_bytes
 from equipoise.training import Examples
 
@@ -115,6 +116,13 @@ def test_the_rank_is_the_tasks_and_small_layers_stay_as_they_are() -> None:
     assert last["test_trainable"] == 64 + 16 + 16 + 10
     with pytest.raises(ArgumentError, match=r"rank = 17: must be at most 16 for a layer 64 -> 16"):
         Finetune(**SMALL).run(ALLoRA, {**CONFIG, "allora.rank": 17}, 0)
+
+
+def test_what_trained_is_counted_while_it_trains() -> None:
+    config = {**CONFIG, "sara.threshold": 0.05, "sara.lr": 1e-3, "sara.progressive": None, "sara.lambda_rank": 0.0}
+    last = Finetune(**SMALL).run(SaRA, config, 0).metrics["last"]
+    assert 0 < last["test_trainable"] < 600  # of 1210, of which those below the threshold train
+    assert last["test_optimizer_kib"] * 1024 == pytest.approx(8 * last["test_trainable"], abs=32)  # single numbers aside
 
 
 def test_state_bytes_looks_into_everything() -> None:
