@@ -101,7 +101,10 @@ CLAIMS = [
         settings={"alpha": 0.05},
         arms=ARMS,
         at_least=6.0,
-        remarks="The gain grows with the skew: 11.2 points at Dirichlet 0.05, 7.6 at 0.1. The mean accuracy goes from 66.8 % to 78.0 %.",
+        remarks=(
+            "The gain grows with the skew: 11.2 points at Dirichlet 0.05, 7.6 at 0.1. The mean accuracy goes from 66.8 % to "
+            "78.0 %."
+        ),
     ),
     claim(
         name="less-skew",
@@ -110,8 +113,8 @@ CLAIMS = [
         arms=ARMS[:2],
         at_least=3.0,
         remarks=(
-            "Seeds differ: from 3.3 to 13.6 points, the less the better FedAvg was. The ceiling, calibration on all real features, is "
-            "80.2 % on average, CCVR 79.6 %."
+            "Seeds differ: from 3.3 to 13.6 points, the less the better FedAvg was. The ceiling, calibration on all real "
+            "features, is 80.2 % on average, CCVR 79.6 %."
         ),
     ),
     claim(
