@@ -88,7 +88,8 @@ def test_the_formula_as_the_paper_writes_it() -> None:
     outer = lambda m: m.unsqueeze(2) * m.unsqueeze(1)  # noqa: E731
     wide = lambda v: v.view(-1, 1, 1)  # noqa: E731
     cov = sum(
-        wide((k - 1) / (total - 1)) * s.cov + wide(k / (total - 1)) * outer(s.mean) for k, s in zip(n, stats, strict=True)
+        wide((k - 1) / (total - 1)) * s.cov + wide(k / (total - 1)) * outer(s.mean)
+        for k, s in zip(n, stats, strict=True)
     )
     cov = cov - wide(total / (total - 1)) * outer(mean)
     found = aggregate_statistics(stats)

@@ -122,7 +122,9 @@ def test_what_trained_is_counted_while_it_trains() -> None:
     config = {**CONFIG, "sara.threshold": 0.05, "sara.lr": 1e-3, "sara.progressive": None, "sara.lambda_rank": 0.0}
     last = Finetune(**SMALL).run(SaRA, config, 0).metrics["last"]
     assert 0 < last["test_trainable"] < 600  # of 1210, of which those below the threshold train
-    assert last["test_optimizer_kib"] * 1024 == pytest.approx(8 * last["test_trainable"], abs=32)  # single numbers aside
+    assert last["test_optimizer_kib"] * 1024 == pytest.approx(
+        8 * last["test_trainable"], abs=32
+    )  # single numbers aside
 
 
 def test_state_bytes_looks_into_everything() -> None:
