@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,7 +97,13 @@ def compare(
 
     command = command_line()
     try:
-        with _progress(quiet or as_json) as watch:
+        with _ctrl_c() as look, _progress(quiet or as_json) as watch:
+
+            def seen(progress: Progress) -> None:
+                look()
+                if watch is not None:
+                    watch(progress)
+
             found = compare(
                 entry.load().make(**settings),
                 [name for name in methods.split(",") if name] if methods is not None else None,
@@ -109,7 +117,7 @@ def compare(
                 out=out,
                 measure_time=timing,
                 retry_failed=retry_failed,
-                progress=watch,
+                progress=seen,
                 command=command,
             )
     except KeyboardInterrupt:
@@ -267,6 +275,31 @@ def _list(kind: str, as_json: bool) -> None:
     for entry in entries:
         table.add_row(entry.slug, entry.family.replace("_", " "), entry.summary)
     Console().print(table)
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[Callable[[], None]]:
+    """Ctrl-C that cannot get lost: where Python drops the exception (in a destructor or a callback), the next look raises it."""
+    pressed = threading.Event()
+
+    def note(*_: object) -> None:
+        pressed.set()
+        raise KeyboardInterrupt
+
+    def look() -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+
+    ours = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT) if ours else None
+    if before is not signal.default_int_handler:  # ignored, or somebody else's: let it be
+        yield look
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield look
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

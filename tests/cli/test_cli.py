@@ -217,7 +217,7 @@ def test_ctrl_c_prints_the_command_that_resumes(tmp_path: Path) -> None:
         time.sleep(0.1)
     time.sleep(4)
     os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=150)
     assert process.returncode == 130, error
     assert "equipoise compare noisy-labels --methods elr" in error
     assert "Traceback" not in error
@@ -248,3 +248,22 @@ def test_help_and_lists_are_fast() -> None:
 def test_listing_does_not_import_torch() -> None:
     code = "import sys; from equipoise.catalogue import methods, tasks; methods(); tasks(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_that_python_drops_is_raised_again() -> None:
+    from equipoise.cli.app import _ctrl_c
+
+    class Drops:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)  # the handler runs here, where exceptions are lost
+
+    before = signal.getsignal(signal.SIGINT)
+    with _ctrl_c() as look:
+        look()
+        thing = Drops()
+        del thing
+        with pytest.raises(KeyboardInterrupt):
+            look()
+    assert signal.getsignal(signal.SIGINT) is before
