@@ -80,8 +80,8 @@ class Finetune(SupervisedTask):
     pretrain_examples: int | None = None
     pretrain_steps: int = 300
     train_examples: int = 100
-    steps: int = 100
-    epochs: int = 4
+    steps: int = 60
+    epochs: int = 2
     rank: int = 8
     optimizer: str = "adamw"
     schedule: str = "cosine"

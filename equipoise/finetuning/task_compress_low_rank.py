@@ -71,6 +71,8 @@ class CompressLowRank(Finetune):
     skip: tuple[str, ...] = ("head",)
     pretrain_steps: int | None = None  # type: ignore[assignment]  # replaced below
     train_examples: int = 200
+    steps: int = 100
+    epochs: int = 4
     weights: str | None = None
 
     def __post_init__(self) -> None:
