@@ -80,7 +80,7 @@ class Finetune(SupervisedTask):
     pretrain_examples: int | None = None
     pretrain_steps: int = 300
     train_examples: int = 100
-    steps: int = 60
+    steps: int = 40
     epochs: int = 2
     rank: int = 8
     optimizer: str = "adamw"
