@@ -9,7 +9,7 @@ aggregates. Who carries the messages is none of a method's business: see ``equip
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -352,8 +352,8 @@ class Server:
 class FederatedMethod(Method):
     """Base of the federated methods, and federated averaging itself: a subclass overrides what it changes.
 
-    Of the methods of one run, at most one may override each of ``client_update``, ``aggregate`` and ``evaluate``. The others are
-    called in order. ``weighted``: whether the mean over clients weighs them by their numbers of examples, or all alike.
+    Of the methods of one run, at most one may override each of ``client_update``, ``aggregate``, ``evaluate`` and ``pack``. The
+    others are called in order. ``weighted``: whether the mean over clients weighs them by their numbers of examples, or all alike.
     """
 
     weighted: bool = True
@@ -377,6 +377,17 @@ class FederatedMethod(Method):
         weights = self.weights(updates)
         server.params = weighted_mean([update.params for update in updates], weights)
         server.buffers = self.mean_buffers(updates)
+
+    def pack(self, params: Params, extras: Mapping[str, Params]) -> Params:
+        """Parameters as a message carries them, to a client or back; ``extras`` are those of the server (a mask, say).
+
+        A method that overrides it overrides ``unpack`` too.
+        """
+        return params
+
+    def unpack(self, packed: Params, extras: Mapping[str, Params], like: Params) -> Params:
+        """The inverse of ``pack``: names and shapes of ``like``. Raises ``ArgumentError`` for what ``pack`` cannot have made."""
+        return packed
 
     def answer(self, client: Client, sent: Sent) -> Update | None:
         """Answer the query ``sent.query``; None where it is not this method's."""
@@ -413,7 +424,7 @@ class FederatedMethod(Method):
         return getattr(type(self), hook) is not getattr(FederatedMethod, hook) or hook in self.__dict__
 
 
-EXCLUSIVE = ("client_update", "aggregate", "evaluate")
+EXCLUSIVE = ("client_update", "aggregate", "evaluate", "pack")
 
 
 class Methods:
@@ -451,6 +462,17 @@ class Methods:
 
     def evaluate(self, client: Client, sent: Sent) -> dict[str, float]:
         return self._owner["evaluate"].evaluate(client, sent)
+
+    @property
+    def packs(self) -> bool:
+        """Whether parameters are sent in another form."""
+        return self._owner["pack"].overrides("pack")
+
+    def pack(self, params: Params, extras: Mapping[str, Params]) -> Params:
+        return self._owner["pack"].pack(params, extras)
+
+    def unpack(self, packed: Params, extras: Mapping[str, Params], like: Params) -> Params:
+        return self._owner["pack"].unpack(packed, extras, like)
 
     def answer(self, client: Client, sent: Sent) -> Update:
         for method in self.federated:

@@ -100,6 +100,7 @@ class UnderAttack(FederatedMethod):
         self.evaluate = method.evaluate  # type: ignore[method-assign]
         self.finish = method.finish  # type: ignore[method-assign]
         self.configure_model = method.configure_model  # type: ignore[method-assign]
+        self.pack, self.unpack = method.pack, method.unpack  # type: ignore[method-assign]
 
     def aggregate(self, server: Server, updates: list[Update]) -> None:
         numbers = hostile(server.num_clients, self.byzantine, server.seed)

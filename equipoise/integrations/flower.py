@@ -189,16 +189,17 @@ class _Worker:
         model = self._model(cast(int, seed))
         device = next(model.parameters()).device
         arrays = decode(content.array_records[ARRAYS], device)
-        check_same(arrays, model.state_dict(), "the server's parameters")
-        model.load_state_dict(arrays)
-        learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         extras = {
             name.removeprefix(EXTRA): decode(record, device)
             for name, record in content.array_records.items()
             if name.startswith(EXTRA)
         }
-        params = {name: tensor for name, tensor in arrays.items() if name in learned}
+        learned = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+        packed = {name: tensor for name, tensor in arrays.items() if name in learned}
         buffers = {name: tensor for name, tensor in arrays.items() if name not in learned}
+        params = self.methods.unpack(packed, extras, learned)
+        check_same({**params, **buffers}, model.state_dict(), "the server's parameters")
+        model.load_state_dict({**params, **buffers})
         sent = Sent(params, buffers, cast(int, round), extras, cast(dict[str, Scalar], config), cast(str, query))
         data, test = self._data(context)
         number = int(cast(int, context.node_config.get("partition-id", context.node_id)))
@@ -235,7 +236,8 @@ class _Worker:
         }
         content = RecordDict({METRICS: MetricRecord(cast(Any, metrics))})
         if update.params or update.buffers:
-            content[ARRAYS] = encode({**update.params, **update.buffers})
+            params = update.params if sent.query else self.methods.pack(update.params, sent.extras)
+            content[ARRAYS] = encode({**params, **update.buffers})
         for name, params in update.extras.items():
             content[EXTRA + name] = encode(params)
         return Message(content, reply_to=message)
@@ -373,6 +375,7 @@ class FederatedStrategy(Strategy):
         server = self.server
         if arrays is not self._arrays:  # another strategy is wrapped around this one, and has changed them (noise, say)
             self._take(arrays)
+            self._arrays = arrays
         server.round = server_round
         server.config.update(cast(dict[str, Scalar], dict(config)))
         self._before = dict(self.bytes)
@@ -537,8 +540,9 @@ class FederatedStrategy(Strategy):
     # -- messages -----------------------------------------------------------------------------------------------------
     def _messages(self, kind: str, numbers: Sequence[int], sent: Sent) -> list[Message]:
         self._addressed = list(numbers)
-        current = self._arrays
-        arrays = current if current is not None and not sent.query else encode({**sent.params, **sent.buffers})
+        arrays = self._arrays  # as they are encoded already
+        if arrays is None or sent.query or self.methods.packs:
+            arrays = encode({**self.methods.pack(sent.params, sent.extras), **sent.buffers})
         extras = {EXTRA + name: encode(params) for name, params in sent.extras.items()}
         own: tuple[Scalar, ...] = (sent.round, sent.query, self.server.seed, 0, self._run)
         config = {**sent.config, **dict(zip(OWN, own, strict=True))}
@@ -610,6 +614,8 @@ class FederatedStrategy(Strategy):
             groups = {name: decode(record, copy=False) for name, record in content.array_records.items()}
             found = groups.pop(ARRAYS, {})
             if training:
+                packed = {name: found[name] for name in server.params if name in found}
+                found = {**found, **self.methods.unpack(packed, server.extras, server.params)}
                 check_same(found, expected, "its parameters")
                 wrong = [name for name in expected if not torch.can_cast(found[name].dtype, expected[name].dtype)]
                 if wrong:

@@ -476,6 +476,25 @@ def test_inside_flowers_own_differential_privacy() -> None:
     assert 0 < float(moved) < 0.25 and inner.faults == []  # two rounds of at most 0.1, and a little noise
 
 
+def test_clients_get_what_a_wrapper_has_made_of_the_parameters() -> None:
+    """Noise that a wrapper adds after a round is in what the clients are sent in the next."""
+    from flwr.app import ArrayRecord
+
+    class Doubled(flower.FederatedStrategy):
+        def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Any) -> Any:
+            changed = ArrayRecord({k: flower.Array(2 * a.numpy()) for k, a in arrays.items()})
+            given.append(flower.decode(changed))
+            return super().configure_train(server_round, changed, config, grid)
+
+    given: list[Params] = []
+    seen: list[Params] = []
+    look = mod(lambda m, c, call: seen.append(flower.decode(m.content["arrays"])) or call(m, c), client=1, round=2)
+    app = flower.client_app(FedAvg(), plain_model, toy_clients(), mods=[look])
+    strategy = Doubled(FedAvg(), plain_model, local=LOCAL, clients=4)
+    strategy.start(flower.InProcessGrid(app, 4), num_rounds=2)
+    assert len(seen) == 1 and same(seen[0], given[1])
+
+
 def plain_model() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
