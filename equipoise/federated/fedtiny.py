@@ -23,8 +23,9 @@ fill the budget. Several candidates need BatchNorm layers, and cost a round of m
 
 ## Cost
 A client holds the weights in the mask, their gradients, and once every ``interval`` rounds the gradient of one block; it uploads 12
-bytes for each of k weights of that block. The mask is sent as one bit a weight, or as positions if these are fewer bytes. In memory
-weights are dense tensors with zeros here: what a sparse format saves is counted by the task ``federated-tiny``, not measured.
+bytes for each of k weights of that block. Messages carry the weights in the mask alone, and the mask as one bit a weight, or as
+positions if these are fewer bytes. In memory weights are dense tensors with zeros here: what a sparse format saves there is counted
+by the task ``federated-tiny``, not measured.
 
 ## In a distributed run
 The mask is the server's, sent with each round and kept in its checkpoint; it changes on the server only. An upload that does not
@@ -421,6 +422,21 @@ class MaskedTraining(FederatedMethod):
         client.set(masked(params, factors))
         return client.train(direction)
 
+    def pack(self, params: Params, extras: Mapping[str, Params]) -> Params:
+        """Of pruned layers the weights in the mask alone, (k,), in the order of their places."""
+        masks = unpacked(extras, params)
+        return {name: tensor[masks[name]] if name in masks else tensor for name, tensor in params.items()}
+
+    def unpack(self, packed: Params, extras: Mapping[str, Params], like: Params) -> Params:
+        found = dict(packed)
+        for name, mask in unpacked(extras, like).items():
+            values, count = packed.get(name), int(mask.sum())
+            if values is None or values.shape != (count,):
+                shown = "nothing" if values is None else tuple(values.shape)
+                raise ArgumentError(f"{name!r} arrived as {shown}: must be ({count},), the weights in its mask")
+            found[name] = values.new_zeros(mask.shape).masked_scatter_(mask, values)
+        return found
+
     def finish(self, server: Server) -> None:  # type: ignore[override]
         server.results["masks"] = unpacked(server.extras, server.params)
 
@@ -466,8 +482,13 @@ def masked(params: Params, masks: Masks) -> Params:
 
 
 def unpacked(extras: Mapping[str, Params], params: Params) -> Masks:
-    """The masks among what is sent."""
-    return {name: unpack_mask(packed, params[name]) for name, packed in extras[MASK].items()}
+    """The masks among what is sent; none before the server has chosen them."""
+    masks = extras.get(MASK, {})
+    if strange := sorted(masks.keys() - params.keys()):
+        raise ArgumentError(
+            f"mask of {strange[0]!r}: the model has no such parameter. Both sides must build the same model"
+        )
+    return {name: unpack_mask(packed, params[name]) for name, packed in masks.items()}
 
 
 class MagnitudeMask(MaskedTraining):
@@ -575,6 +596,7 @@ class FedTiny(MaskedTraining):
         losses, buffers = [], []
         for masks in candidates:
             server.params, server.buffers = masked(dense, masks), initial  # nothing of the last one's is left
+            self.publish(server, masks)
             server.buffers = {**initial, **self._statistics(server)}
             losses.append(self._loss(server))
             buffers.append(server.buffers)

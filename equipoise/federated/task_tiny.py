@@ -1,7 +1,8 @@
 """The tiny task: clients with skewed data train a network of a few per cent of its weights; which weights is what is compared.
 
-All arms but ``fedavg``, the dense line of reference, keep ``density`` of the parameters. Devices are simulated with dense tensors
-that hold zeros, so what a sparse format saves is counted, not measured: by the number of weights in the mask, and its own size.
+All arms but ``fedavg``, the dense line of reference, keep ``density`` of the parameters. Messages hold these alone, and bytes are
+measured. Devices are simulated with dense tensors that hold zeros, so what a sparse format saves there is counted: by the number of
+weights in the mask, and its own size.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ class FederatedTiny(FederatedTask):
     """Clients with skewed data train one very sparse model; judged by its accuracy, beside what it costs a client.
 
     Counted for sparse tensors: ``client_kilobytes``, the largest sum of weights, mask and gradients on a client, with the gradient
-    of the block whose mask is adjusted; ``sparse_megabytes_up`` and ``_down``, values, masks and uploaded gradients of all rounds;
-    ``training_megaflops``, the products of weights and values in all clients' training (thrice those of the forward passes); and
-    ``density``, the share of the parameters that is left. ``megabytes_up`` and ``_down`` are what the simulation sent: dense.
+    of the block whose mask is adjusted; ``training_megaflops``, the products of weights and values in all clients' training (thrice
+    those of the forward passes); and ``density``, the share of the parameters that is left. Measured: ``megabytes_up`` and
+    ``_down``, values, masks and uploaded gradients of all messages, with a header of 128 bytes for each array.
 
     density: share of all parameters that the arms keep, in (0, 1]; biases and normalisation are kept and count. model: "mlp" has
         BatchNorm here, without which so sparse a network hardly learns. All other settings are those of the task ``federated``.
@@ -110,7 +111,7 @@ class FederatedTiny(FederatedTask):
         rows = {number: len(part) for number, part in enumerate(problem.extra["parts"])}
         drawn = [[rows[number] for number in record["clients"]] for record in run.history]
         made, masks, epochs = self.build_method(method, config), run.results.get("masks"), self.local(config).epochs
-        run.results["counted"] = count(made, run.params, run.server.buffers, masks, each, drawn, epochs)
+        run.results["counted"] = count(made, run.params, masks, each, drawn, epochs)
         return run
 
     def examine(self, problem: Problem, run: FederatedRun) -> dict[str, float]:
@@ -153,13 +154,12 @@ def layer_positions(model: nn.Module, examples: Examples) -> dict[str, int]:
 def count(
     method: Method,
     params: Params,
-    buffers: Params,
     masks: Mapping[str, Tensor] | None,
     positions: Mapping[str, int],
     drawn: Sequence[Sequence[int]],
     epochs: int,
 ) -> dict[str, float]:
-    """What sparse training costs: density, a client's peak kilobytes, megabytes and megaflops of all rounds and clients.
+    """What sparse training costs: density, a client's peak kilobytes, and megaflops of all rounds and clients.
 
     masks: of the pruned layers; None for dense training. positions: see ``layer_positions``. drawn: in each round, the numbers of
     training rows of the clients that answered. Weights and gradients have the bytes of their type (4), an uploaded gradient 8 more
@@ -170,23 +170,19 @@ def count(
     total, kept = sum(tensor.numel() for tensor in params.values()), sum(inside.values())
     width = next(iter(params.values())).element_size()
     weights = width * kept + size({name: pack_mask(mask) for name, mask in masks.items()})
-    peak, up, down, flops = weights + width * kept, 0, 0, 0
+    peak, flops = weights + width * kept, 0
     forward = sum(2 * inside[name] * each for name, each in positions.items() if name in inside)
     for round, rows in enumerate(drawn, 1):
         due = method.due(round, dict(masks)) if isinstance(method, FedTiny) else {}
-        uploads = sum((8 + width) * k for k in due.values())
-        down += len(rows) * (weights + size(buffers))
-        up += len(rows) * (width * kept + size(buffers) + uploads)
         flops += sum(3 * forward * epochs * n for n in rows)
         if isinstance(method, FedTiny) and due:
             block = sum(params[name].numel() for name in due)
+            uploads = sum((8 + width) * k for k in due.values())
             peak = max(peak, weights + width * block + uploads)  # the gradients of training are no longer needed
             dense = sum(2 * params[name].numel() * positions.get(name, 0) for name in due)
             flops += sum(min(method.dev_size, n) * (2 * forward + dense) for n in rows)
     return {
         "density": kept / total,
         "client_kilobytes": peak / 1e3,
-        "sparse_megabytes_up": up / 1e6,
-        "sparse_megabytes_down": down / 1e6,
         "training_megaflops": flops / 1e6,
     }

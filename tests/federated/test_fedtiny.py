@@ -504,6 +504,44 @@ def test_convolutions_are_masked_and_other_tensors_are_not() -> None:
     assert (run.params["embed"] != 0).all()
 
 
+def test_messages_hold_the_weights_in_the_mask_alone() -> None:
+    shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+
+    def look(message: Any, context: Any, call: Any) -> Any:
+        reply = call(message, context)
+        kind = message.metadata.message_type
+        if kind != "query" or "arrays" in message.content.array_records:
+            back = reply.content.array_records.get("arrays", {})
+            there = message.content["arrays"]["0.weight"].shape
+            shapes.append((kind, tuple(there), tuple(back["0.weight"].shape) if back else ()))
+        return reply
+
+    run = simulated(FedTiny(0.6, num_candidates=2, interval=1, t_stop=3), rounds=2, mods=[look], evaluate_clients=1)
+    assert not run.faults and {kind for kind, *_ in shapes} == {"query", "train", "evaluate"}
+    kept = int(run.results["masks"]["0.weight"].sum())
+    assert kept < run.results["masks"]["0.weight"].numel()
+    for kind, there, back in shapes:
+        assert (
+            len(there) == 1 and (kind == "query" or there == (kept,)) and back == ((kept,) if kind == "train" else ())
+        )
+
+
+def test_packed_weights_come_back_and_others_are_refused() -> None:
+    params = {"w": torch.randn(3, 4), "b": torch.randn(3)}
+    mask = magnitude_mask(params["w"], 0.5)
+    method, extras = FedTiny(0.5), {MASK: {"w": pack_mask(mask)}}
+    packed = method.pack(params, extras)
+    assert packed["w"].shape == (6,) and packed["b"] is params["b"]
+    assert same(method.unpack(packed, extras, params), {"w": params["w"] * mask, "b": params["b"]})
+    assert same(method.pack(params, {}), params) and same(method.unpack(params, {}, params), params)
+    with pytest.raises(ArgumentError, match=r"'w' arrived as \(5,\): must be \(6,\)"):
+        method.unpack({**packed, "w": packed["w"][:5]}, extras, params)
+    with pytest.raises(ArgumentError, match="'w' arrived as nothing"):
+        method.unpack({"b": params["b"]}, extras, params)
+    with pytest.raises(ArgumentError, match="mask of 'w': the model has no such parameter"):
+        method.unpack(packed, extras, {"b": params["b"]})
+
+
 def test_only_due_layers_are_sent_in_a_record_of_their_own() -> None:
     seen: list[set[str]] = []
 

@@ -48,9 +48,8 @@ def test_a_run_measures_everything(method: Any) -> None:
         assert 0 <= found["test_accuracy"] <= 1 and found["test_left_out"] == 0
         expected = 1.0 if method is FedAvg else int(0.2 * TOTAL) / TOTAL
         assert found["test_density"] == pytest.approx(expected, abs=4 / TOTAL)
-        for name in ("client_kilobytes", "sparse_megabytes_up", "sparse_megabytes_down", "training_megaflops"):
+        for name in ("client_kilobytes", "megabytes_up", "megabytes_down", "training_megaflops"):
             assert found[f"test_{name}"] > 0
-        assert (found["test_sparse_megabytes_up"] < found["test_megabytes_up"] / 2) == (method is not FedAvg)
     assert task.run(method, CONFIG, 0).metrics == result.metrics
 
 
@@ -75,31 +74,27 @@ def test_positions() -> None:
 
 def test_counts_by_hand() -> None:
     params = {"0.weight": torch.randn(10, 40), "0.bias": torch.zeros(10), "1.weight": torch.randn(5, 10)}
-    buffers = {"mean": torch.zeros(3)}
     masks = {"0.weight": magnitude_mask(params["0.weight"], 0.1), "1.weight": magnitude_mask(params["1.weight"], 0.5)}
     positions, drawn, kept = {"0.weight": 4, "1.weight": 1}, [[30, 6], [30]], 40 + 10 + 25
     forward = 2 * (40 * 4 + 25)
     weights = 4 * kept + 50 + 7  # a bit a place: 400 and 50 of them
-    fixed = count(MagnitudeMask(0.2), params, buffers, masks, positions, drawn, 2)
+    fixed = count(MagnitudeMask(0.2), params, masks, positions, drawn, 2)
     assert fixed == pytest.approx(
         {
             "density": 75 / 460,
             "client_kilobytes": (weights + 4 * kept) / 1e3,
-            "sparse_megabytes_up": 3 * (4 * kept + 12) / 1e6,
-            "sparse_megabytes_down": 3 * (weights + 12) / 1e6,
             "training_megaflops": 66 * 2 * 3 * forward / 1e6,
         }
     )
     method = FedTiny(0.2, interval=1, t_stop=100, alpha=0.4, dev_size=8)
-    moving = count(method, params, buffers, masks, positions, drawn, 2)
+    moving = count(method, params, masks, positions, drawn, 2)
     due = [method.due(round, masks) for round in (1, 2)]
     assert due[0] == {"1.weight": 10} and list(due[1]) == ["0.weight"]
     k = due[1]["0.weight"]
     assert moving["client_kilobytes"] == pytest.approx((weights + 4 * 400 + 12 * k) / 1e3)
-    assert moving["sparse_megabytes_up"] == pytest.approx(fixed["sparse_megabytes_up"] + 12 * (2 * 10 + k) / 1e6)
     more = 8 * (2 * forward + 2 * 50) + 6 * (2 * forward + 2 * 50) + 8 * (2 * forward + 2 * 400 * 4)
     assert moving["training_megaflops"] == pytest.approx(fixed["training_megaflops"] + more / 1e6)
-    dense = count(FedAvg(), params, buffers, None, positions, drawn, 2)
+    dense = count(FedAvg(), params, None, positions, drawn, 2)
     assert dense["density"] == 1 and dense["client_kilobytes"] == pytest.approx(8 * 460 / 1e3)
     assert dense["training_megaflops"] == pytest.approx(66 * 2 * 3 * 2 * (400 * 4 + 50) / 1e6)
 
