@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from equipoise.errors import ArgumentError, MethodConflictError, check_integer, check_range
 from equipoise.federated.params import GradFn, Params, descend, load, state_of, weighted_mean
@@ -146,6 +147,7 @@ class Client:
                     "Combine federated methods with those that only change the loss"
                 )
         self.model.train()
+        self._whole = {name: buffer.clone() for name, buffer in whole_numbers(model).items()}
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._buffers = list(model.buffers())
 
@@ -260,11 +262,20 @@ class Client:
         extras: dict[str, Params] | None = None,
         metrics: dict[str, float] | None = None,
     ) -> Update:
-        """The answer of a round: parameters, the model's other state, counts, and the mean training loss."""
+        """The answer of a round: parameters, the model's other state, counts, and the mean training loss.
+
+        Raises ``ArgumentError`` if training has changed a buffer of whole numbers, of which no mean over clients can be taken.
+        """
         found = dict(metrics or {})
         if self.num_steps:
             found.setdefault("loss", float(self._loss) / self.num_steps)
         buffers = state_of(self.model)[1]
+        for name, before in self._whole.items():
+            if not torch.equal(buffers[name], before):
+                raise ArgumentError(
+                    f"model changes its buffer {name!r} ({before.dtype}) in training: clients' whole numbers have no mean. "
+                    "Keep it in floating point, or register it with persistent=False"
+                )
         return Update(params, len(self), self.num_steps, buffers, dict(extras or {}), found, self.number)
 
     @torch.no_grad()
@@ -489,8 +500,29 @@ class Methods:
         return ", ".join(repr(method) for method in (*self.federated, *self.others))
 
 
+def whole_numbers(model: nn.Module) -> Params:
+    """Buffers in the ``state_dict`` that are no floating-point numbers, without BatchNorm's counts of batches, whose mean is one."""
+    counts = {
+        f"{prefix}.num_batches_tracked".lstrip(".")
+        for prefix, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+    }
+    kept = model.state_dict().keys() - counts
+    return {
+        name: b for name, b in model.named_buffers() if name in kept and not (b.is_floating_point() or b.is_complex())
+    }
+
+
 def rows_of(data: Any) -> int:
     """Number of examples of what a client was given; 0 for None."""
     if data is None:
         return 0
     return size_of(data[0]) if isinstance(data, tuple | list) and len(data) == 2 else len(data)
+
+
+def classes_of(data: Any) -> int | None:
+    """Number of distinct labels of what a client was given; None where they are no whole numbers, or not at hand."""
+    targets = data[1] if isinstance(data, tuple | list) and len(data) == 2 else getattr(data, "targets", None)
+    if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
+        return None
+    return len(targets.unique())

@@ -59,9 +59,8 @@ class SkewedFashion(Fashion):
             return run
         if (self, seed) not in _TRAINED:  # FedAvg's arm ran in another process
             self.train(problem, FedAvg, config, seed)
-        return simulate(
-            self.build_methods(method, config), _TRAINED[self, seed], self.client_data(problem), 0, seed=seed
-        )
+        methods, clients = self.build_methods(method, config), self.client_data(problem)
+        return simulate(methods, _TRAINED[self, seed], clients, 0, seed=seed, allow_one_class=True)
 
     def examine(self, problem: Problem, run: FederatedRun) -> dict[str, float]:
         if "class_statistics" in run.results:

@@ -26,17 +26,24 @@ def iid(count: int, clients: int, generator: torch.Generator, *, least: int = 1)
 
 
 def dirichlet(
-    labels: Tensor, clients: int, alpha: float, generator: torch.Generator, *, least: int = 1
+    labels: Tensor,
+    clients: int,
+    alpha: float,
+    generator: torch.Generator,
+    *,
+    least: int = 1,
+    least_classes: int = 1,
 ) -> list[Tensor]:
     """Skewed classes (Hsu, Qi and Brown, 2019): each class is dealt out by shares p ~ Dirichlet(alpha, ..., alpha).
 
     The n rows of a class, in random order, are cut at ``floor(n (p_1 + ... + p_k))``. The smaller alpha > 0, the fewer clients hold
     a class: 0.1 gives most clients two or three classes of ten, 100 nearly equal shares. All classes are drawn anew, up to 1000
-    times, until every client holds ``least`` rows.
+    times, until every client holds ``least`` rows, of ``least_classes`` classes.
     """
     check_integer("clients", clients, 1)
     check_range("alpha", alpha, 0, open_low=True)
     classes = _classes(labels)
+    check_integer("least_classes", least_classes, 1, len(np.unique(classes)))
     _enough(len(labels), clients, least)
     rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     order = rng.permutation(len(labels))
@@ -49,12 +56,12 @@ def dirichlet(
         )
         cuts[:, -1] = counts
         sizes = np.diff(cuts, axis=1, prepend=0)  # (classes, clients)
-        if sizes.sum(0).min() >= least:
+        if sizes.sum(0).min() >= least and (sizes > 0).sum(0).min() >= least_classes:
             owner = np.repeat(np.tile(np.arange(clients), len(counts)), sizes.reshape(-1))
             return _by_owner(owner, order, clients)
     raise ArgumentError(
-        f"alpha = {alpha}, clients = {clients}, least = {least}: {DRAWS} draws left a client with fewer than {least} of "
-        f"{len(labels)} rows. Raise alpha, or take fewer clients"
+        f"alpha = {alpha}, clients = {clients}, least = {least}, least_classes = {least_classes}: each of {DRAWS} draws of "
+        f"{len(labels)} rows of {len(counts)} classes left a client with fewer. Raise alpha, or take fewer clients"
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from equipoise.errors import ArgumentError, DataError, check_integer
-from equipoise.federated.algorithm import LocalTraining, Server, rows_of
+from equipoise.federated.algorithm import LocalTraining, Server, classes_of, rows_of
 from equipoise.federated.params import Params
 from equipoise.training.assemble import LossFunction
 from equipoise.training.method import Method
@@ -59,6 +59,7 @@ def simulate(
     timeout: float = 3600,
     mods: list[Any] | None = None,
     max_extra_bytes: int | None = None,
+    allow_one_class: bool = False,
 ) -> FederatedRun:
     """Train ``model`` over ``clients`` for so many rounds, in this process. Needs ``pip install 'equipoise[federated]'``.
 
@@ -66,7 +67,8 @@ def simulate(
 
     methods: one federated method, or several. model: a module, which is copied, or a function that makes one. clients: for each its
     examples, or a pair (examples, test examples). The rest: see ``equipoise.integrations.flower.server_app`` and ``client_app``;
-    with ``checkpoint`` the clients keep their state in the same folder. Raises ``DataError`` for a client without data.
+    with ``checkpoint`` the clients keep their state in the same folder. Raises ``DataError`` for a client without data, or with
+    examples of one class alone, which may be a mistake: ``allow_one_class`` takes it as it is.
     """
     from equipoise.integrations import flower
 
@@ -75,8 +77,14 @@ def simulate(
         raise ArgumentError("clients = []: must hold the data of at least one client")
     for number, data in enumerate(clients):
         split = isinstance(data, tuple) and len(data) == 2 and not hasattr(data[1], "dtype")
-        if rows_of(data[0] if split else data) < 1:
+        own = data[0] if split else data
+        if rows_of(own) < 1:
             raise DataError(f"client {number} has no data: leave it out, or partition the data with least = 1")
+        if classes_of(own) == 1 and not allow_one_class:
+            raise DataError(
+                f"client {number} has examples of one class alone: leave it out, partition the data with least_classes = 2, or "
+                "give allow_one_class=True"
+            )
     start = time.perf_counter()
     kept = None if checkpoint is None else Path(checkpoint) / "clients"
     if kept is not None and not resume and kept.exists():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from equipoise.data import RawData, fingerprint, load, read, split
+from equipoise.data import RawData, Splits, fingerprint, load, read, split
 from equipoise.errors import ArgumentError, DataError, check_choice, check_integer, check_range
 from equipoise.federated import partition as partitions
 from equipoise.federated.algorithm import LocalTraining, predict
@@ -43,7 +43,8 @@ class FederatedTask(Task):
     partition: "dirichlet" (each class dealt out by shares of Dirichlet(``alpha``)), "shards" (``shards`` runs of the rows sorted by
         class for each client), "iid", or "column" (the values of ``client_column``); exact definitions:
     ``equipoise.federated.partition``. alpha: of "dirichlet", > 0; the smaller, the more skewed. shards: of "shards", for each
-    client. clients: how many, except for "column". least: fewest training rows of a client.
+    client. clients: how many, except for "column". least: fewest training rows of a client. least_classes: fewest classes of a
+    client; by default 2 for "column", where a client with one class may be a mistake in the data, and 1 for clients that are drawn.
     fraction: share of the clients drawn in a round. rounds: how many.
     epochs, batch_size, clip_norm, lr_decay: of a client's training in a round, SGD; clip_norm 0 for none.
     model: "mlp" (two layers of ``hidden``), "cnn", "linear", or "package.module:factory" of your own.
@@ -65,6 +66,7 @@ class FederatedTask(Task):
     shards: int = 2
     clients: int = 20
     least: int = 2
+    least_classes: int | None = None
     fraction: float = 0.25
     rounds: int = 20
     epochs: int = 5
@@ -85,9 +87,11 @@ class FederatedTask(Task):
     def __post_init__(self) -> None:
         if self.partition is None:
             object.__setattr__(self, "partition", "column" if self.client_column else "dirichlet")
+        if self.least_classes is None:
+            object.__setattr__(self, "least_classes", 2 if self.partition == "column" else 1)
         check_choice("partition", self.partition, PARTITIONS)
         check_range("alpha", self.alpha, 0, open_low=True)
-        for name in ("shards", "clients", "least", "rounds", "epochs", "batch_size", "hidden"):
+        for name in ("shards", "clients", "least", "least_classes", "rounds", "epochs", "batch_size", "hidden"):
             check_integer(name, getattr(self, name), 1)
         check_range("fraction", self.fraction, 0, 1, open_low=True)
         check_range("clip_norm", self.clip_norm, 0)
@@ -234,6 +238,7 @@ class FederatedTask(Task):
         parts = split(self._raw(), seed, validation=self.validation, test=self.test, standardise=self.standardise)
         assert parts.num_classes is not None  # check refuses a continuous target
         rows = self.deal(parts.train, seed)
+        self._check_clients(parts, rows, seed)
         extra: dict[str, Any] = {"parts": rows}
         if self.partition == "column":
             extra["values"] = parts.train.extras["group"][torch.stack([part[0] for part in rows])]
@@ -245,17 +250,29 @@ class FederatedTask(Task):
         """Each client's rows of the training set."""
         generator = torch.Generator().manual_seed(seed * 1_000 + 1)
         if self.partition == "column":
-            _, rows = partitions.by_column(train.extras["group"])
-            if (small := min(map(len, rows))) < self.least:
-                raise DataError(
-                    f"client_column = {self.client_column!r}: a client has {small} training rows, fewer than least = {self.least}"
-                )
-            return rows
+            return partitions.by_column(train.extras["group"])[1]
         if self.partition == "iid":
             return partitions.iid(len(train), self.clients, generator, least=self.least)
         if self.partition == "shards":
             return partitions.shards(train.targets, self.clients, self.shards, generator)
-        return partitions.dirichlet(train.targets, self.clients, self.alpha, generator, least=self.least)
+        assert self.least_classes is not None  # None was replaced
+        limits = {"least": self.least, "least_classes": self.least_classes}
+        return partitions.dirichlet(train.targets, self.clients, self.alpha, generator, **limits)
+
+    def _check_clients(self, parts: Splits, rows: list[Tensor], seed: int) -> None:
+        """Refuse a client with too few rows or classes, by its name."""
+        for number, own in enumerate(rows):
+            client = f"client {number}"
+            if self.partition == "column":
+                client = f"{self.client_column} = {parts.group_names[int(parts.train.extras['group'][own[0]])]!r}"
+            held = {"least": len(own), "least_classes": len(parts.train.targets[own].unique())}
+            for name, found in held.items():
+                if found < (limit := getattr(self, name)):
+                    unit = "training rows" if name == "least" else "of the classes in its training rows"
+                    raise DataError(
+                        f"{client} has {found} {unit} in seed {seed}, fewer than {name} = {limit}: leave the client out, or "
+                        f"lower {name}"
+                    )
 
     def client_data(self, problem: Problem) -> list[Any]:
         """What each client holds: training examples, or a pair of training and test examples."""
@@ -307,6 +324,7 @@ class FederatedTask(Task):
                 "fraction": self.fraction,
                 "seed": seed,
                 "evaluate": evaluate,
+                "allow_one_class": True,  # ``least_classes`` has its say before
                 **self.options(problem, config),
             },
         )

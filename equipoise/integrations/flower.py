@@ -155,7 +155,9 @@ class _Worker:
     data: Data
     loss: LossFunction | None
     folder: Path | None
-    _built: tuple[int, nn.Module] | None = None
+    _built: tuple[int, nn.Module, list[tuple[Tensor, Tensor]]] | None = (
+        None  # seed, model, buffers as they are at first
+    )
 
     def train(self, message: Message, context: Context) -> Message:
         client, sent, before = self._open(message, context)
@@ -244,7 +246,11 @@ class _Worker:
 
     def _model(self, seed: int) -> nn.Module:
         if self._built is None or self._built[0] != seed:
-            self._built = (seed, self.methods.configure_model(_make(self.model), seed))
+            made = self.methods.configure_model(_make(self.model), seed)
+            self._built = seed, made, [(buffer, buffer.clone()) for buffer in made.buffers()]
+        with torch.no_grad():  # those that are not sent would go from one client to the next
+            for buffer, first in self._built[2]:
+                buffer.copy_(first)
         return self._built[1]
 
     def _data(self, context: Context) -> tuple[Any, Any]:
@@ -725,7 +731,8 @@ class InProcessGrid(Grid):
     """Runs a ``ClientApp`` for each of ``clients`` nodes in this process, one after the other: no Ray, no network, no waiting.
 
     Messages, records and each client's ``context.state`` are Flower's own. A client that raises becomes an error reply; one
-    that takes longer than the timeout is not heard.
+    that takes longer than the timeout is not heard. If the first time that clients train all of them raise, then so does the grid:
+    here that is the program's mistake, and every further round would be lost.
     """
 
     def __init__(self, app: ClientApp, clients: int, run_config: Mapping[str, Any] | None = None) -> None:
@@ -742,6 +749,7 @@ class InProcessGrid(Grid):
             for node in range(1, clients + 1)
         }
         self._replies: dict[str, Message] = {}
+        self._trained = False
         with contextlib.suppress(RuntimeError):  # inside a run of Flower's the identity is set, and stays
             _ = TaskIdentity.task_id
             return
@@ -769,8 +777,16 @@ class InProcessGrid(Grid):
         return [self._replies.pop(key) for key in message_ids if key in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        messages = list(messages)
         calls = [self._call(message) for message in messages]
         replies = {key: reply for key, _ in calls for reply in self.pull_messages([key])}
+        if not self._trained and messages and messages[0].metadata.message_type == "train":
+            errors = [reply.error.reason for reply in replies.values() if reply.has_error()]
+            if len(errors) == len(messages):
+                raise ArgumentError(
+                    f"all {len(errors)} clients failed in the first round that trains, the first one by {_short(errors[0])}"
+                )
+            self._trained = True
         return [replies[key] for key, seconds in calls if key in replies and (timeout is None or seconds <= timeout)]
 
     def _call(self, message: Message) -> tuple[str, float]:

@@ -101,6 +101,38 @@ def test_integer_buffers_are_averaged_and_come_back_as_integers() -> None:
     assert counter.dtype == torch.int64 and abs(int(counter) - 3 * mean) <= 1.5
 
 
+class Counting(nn.Module):
+    """A linear layer that counts its rows in a buffer of whole numbers."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.register_buffer("rows", torch.tensor(0), persistent=persistent)
+        self.register_buffer("order", torch.arange(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.rows += len(x)
+        return self.layer(x[:, :6]) + 0 * self.rows
+
+
+def test_a_model_that_counts_is_refused_unless_the_count_stays_with_the_client() -> None:
+    with pytest.raises(
+        ArgumentError, match=r"buffer 'rows' \(torch.int64\) in training: clients' whole numbers have no mean"
+    ):
+        simulate(FedAvg(), Counting(True), toy_clients(), 1, local=LOCAL)
+    counts: list[int] = []
+
+    class Look(FedAvg):
+        def client_update(self, client: Client, sent: Sent) -> Update:
+            update = super().client_update(client, sent)
+            counts.append(int(client.model.rows))  # type: ignore[operator,arg-type]
+            return update
+
+    found = simulate(Look(), Counting(False), toy_clients(), 1, local=LOCAL)
+    assert found.faults == [] and found.model.order.tolist() == [0, 1, 2]  # type: ignore[operator,union-attr]
+    assert counts == [2 * len(data) for data in toy_clients()]  # none has those of the clients before it
+
+
 def test_bytes_are_those_of_the_arrays() -> None:
     one = run(FedAvg(), rounds=2)
     per_message = sum(len(array.data) for array in flower.encode(state(one)).values())
@@ -213,8 +245,8 @@ def test_a_method_with_state_between_steps_is_refused() -> None:
         def state_dict(self) -> dict[str, Any]:
             return {"n": 1}
 
-    found = run([FedAvg(), Counts()], rounds=1)
-    assert len(found.faults) == 4 and "lose between rounds" in found.faults[0].reason
+    with pytest.raises(ArgumentError, match="lose between rounds"):
+        run([FedAvg(), Counts()], rounds=1)
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------
@@ -327,12 +359,21 @@ def test_a_late_client_is_named_and_left_out(method: FederatedMethod, monkeypatc
 
 
 def test_a_round_without_an_answer_keeps_the_parameters(caplog: pytest.LogCaptureFixture) -> None:
-    def always(message: Any, context: Any, call: Any) -> Any:
-        return dies(message, context, call) if message.metadata.message_type == "train" else call(message, context)
+    def later(message: Any, context: Any, call: Any) -> Any:
+        training = message.metadata.message_type == "train" and message.content["config"]["server-round"] > 1
+        return dies(message, context, call) if training else call(message, context)
 
-    found = run(FedSpeed(), mods=[always])
-    assert same(found.params, state_of(toy_model())[0])
-    assert len(found.faults) == 12 and "no usable answer" in caplog.text
+    found = run(FedSpeed(), mods=[later])
+    assert same(found.params, run(FedSpeed(), rounds=1).params)
+    assert len(found.faults) == 8 and "no usable answer" in caplog.text
+
+
+def test_if_all_clients_fail_at_once_the_program_is_wrong() -> None:
+    def loss(prediction: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        raise KeyError("weights")
+
+    with pytest.raises(ArgumentError, match="all 4 clients failed .* KeyError: 'weights'"):
+        run(FedAvg(), loss=loss)
 
 
 def test_finite_updates_with_an_infinite_mean_do_not_stop_the_run(caplog: pytest.LogCaptureFixture) -> None:
@@ -512,6 +553,17 @@ def halves() -> list[Examples]:
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
+def one_class() -> list[Any]:
+    first, second, *_ = toy_clients()
+    return [first, (second.inputs, torch.zeros_like(second.targets))]
+
+
+def test_one_class_is_taken_if_allowed() -> None:
+    assert simulate(FedAvg(), toy_model, one_class(), 1, local=LOCAL, allow_one_class=True).faults == []
+    numbers = [(torch.randn(8, 6), torch.ones(8, 3)) for _ in range(2)]  # of a regression, where labels say nothing
+    assert simulate(FedAvg(), plain_model, numbers, 1, local=LOCAL, loss=nn.functional.mse_loss).faults == []
+
+
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
@@ -520,6 +572,7 @@ def halves() -> list[Examples]:
         (lambda: simulate(FedAvg(), toy_model, [], 1), ArgumentError, "clients"),
         (lambda: simulate(FedAvg(), toy_model, [None, toy_clients()[0]], 1), DataError, "client 0 has no data"),
         (lambda: simulate(FedAvg(), toy_model, [toy_clients()[0].subset([])], 1), DataError, "client 0 has no data"),
+        (lambda: simulate(FedAvg(), toy_model, one_class(), 1), DataError, "client 1 has examples of one class alone"),
         (lambda: simulate(FedAvg(), lambda: 3, toy_clients(), 1), ArgumentError, "must be a torch.nn.Module"),
         (lambda: simulate(FedAvg(), nn.Sequential(), toy_clients(), 1), ArgumentError, "nothing to train"),
         (lambda: run(["fedavg"]), ArgumentError, "instances of equipoise.Method"),
@@ -536,10 +589,16 @@ def test_bad_input(call: Callable[[], object], error: Any, match: str) -> None:
 
 
 def test_clients_with_another_model_are_named() -> None:
-    grid = flower.InProcessGrid(flower.client_app(FedAvg(), plain_model, toy_clients()), 4)
+    models = [toy_model(), plain_model(), toy_model(), toy_model()]
+    apps = [flower.client_app(FedAvg(), model, toy_clients()) for model in models]
+    call: Any = lambda message, context: apps[context.node_config["partition-id"]](message, context)  # noqa: E731
     strategy = flower.FederatedStrategy(FedAvg(), toy_model, local=LOCAL, clients=4)
-    strategy.start(grid, num_rounds=1)
-    assert len(strategy.faults) == 4 and "names of the parameters differ" in strategy.faults[0].reason
+    strategy.start(flower.InProcessGrid(call, 4), num_rounds=1)
+    assert len(strategy.faults) == 1 and strategy.faults[0].client == 1
+    assert "names of the parameters differ" in strategy.faults[0].reason
+    everyone = flower.InProcessGrid(flower.client_app(FedAvg(), plain_model, toy_clients()), 4)
+    with pytest.raises(ArgumentError, match="all 4 clients failed .* names of the parameters differ"):
+        flower.FederatedStrategy(FedAvg(), toy_model, local=LOCAL, clients=4).start(everyone, num_rounds=1)
 
 
 def test_two_nodes_with_one_partition() -> None:

@@ -162,7 +162,27 @@ def test_bad_data(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="continuous target"):
         FederatedTask(dataset="diabetes").check()
     path = own_data(tmp_path / "own.csv")
-    with pytest.raises(DataError, match="fewer than least"):
+    with pytest.raises(DataError, match="site = 'berlin' has 55 training rows in seed 0, fewer than least = 60"):
         FederatedTask(data=str(path), target="state", client_column="site", least=60).check()
-    with pytest.raises(ArgumentError, match="fewer than 100 of"):
+    with pytest.raises(ArgumentError, match="draws of 1079 rows of 10 classes left a client with fewer"):
         FederatedTask(least=100, alpha=0.05, clients=10).check()
+    frame = pd.read_csv(path)
+    frame.loc[frame.site == "oslo", "state"] = "ill"
+    frame.to_csv(path, index=False)
+    settings: dict[str, Any] = {"data": str(path), "target": "state", "client_column": "site"}
+    with pytest.raises(
+        DataError, match="site = 'oslo' has 1 of the classes in its training rows in seed 0, fewer than least_classes"
+    ):
+        FederatedTask(**settings).check()
+    assert any("1 of them hold one class" in remark for remark in FederatedTask(**settings, least_classes=1).check())
+
+
+def test_least_classes_of_drawn_clients() -> None:
+    loose, strict = FederatedTask(), FederatedTask(least_classes=3)
+    fewest = []
+    for task in (loose, strict):
+        problem = task.problem(0)
+        fewest.append(min(len(problem.train.targets[rows].unique()) for rows in problem.extra["parts"]))
+    assert fewest[0] < 3 <= fewest[1]
+    with pytest.raises(DataError, match="client . has . of the classes in its training rows in seed 0"):
+        FederatedTask(partition="shards", shards=1, least_classes=2).problem(0)
