@@ -1,6 +1,7 @@
-"""What robust aggregation costs the server, beside Flower's own strategies; and the flag aggregator beside singular vectors by SVD.
+"""What robust aggregation costs the server, beside Flower's own strategies, ByzFL's functions, and the code of the flag
+aggregator's authors.
 
-    python benchmarks/flag_aggregator.py [--clients 50] [--millions 2] [--repeats 2] [--threads 1] [--clock cpu]
+    python benchmarks/flag_aggregator.py [--clients 50] [--millions 2] [--authors DIR] [--repeats 2] [--threads 1] [--clock cpu]
 
 A row of the aggregations is a whole one: from the clients' messages, as Flower's, to the next parameters. Both sides read the same
 messages; f = 11 of 50 clients may be Byzantine (the most that Bulyan tolerates). Everything is measured in one process, in turn.
@@ -10,16 +11,26 @@ Ratios are those of the fastest and of the median measurement; a target is misse
   give the same numbers (to 1e-5): Flower's selects once, by Multi-Krum. It is measured on a twentieth of the parameters.
 - The flag aggregator takes at most half of the time of the same step by the SVD of the D x p columns (50 x 0.2 million), with the
   same result.
+- The functions on stacked updates are not slower than those of ByzFL (``pip install --no-deps byzfl``), where that is installed.
+  Its Krum sums other distances, and its geometric median does three iterations: ours is held to as many.
 
 The flag aggregator and the geometric median have no peer in Flower: they are shown beside its plain mean. 50 clients of 10 million
-parameters are 2 GB of messages, and take about 10 GB.
+parameters are 2 GB of messages, and take about 7 GB. DIR is a checkout of github.com/hamidralmasi/FlagAggregator, which has no
+licence and is no part of this project: its flag aggregator, Multi-Krum, median and trimmed mean are then shown beside ours. Its
+Bulyan does not run (a name is not defined).
 """
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +47,13 @@ from equipoise.federated.flag_aggregator import (
     Krum,
     MultiKrum,
     TrimmedMean,
+    coordinate_median,
     flag_aggregate,
+    geometric_median,
+    krum,
+    mean,
+    multi_krum,
+    trimmed_mean,
 )
 from equipoise.integrations.flower import decode
 
@@ -72,7 +89,7 @@ def ours(method: FederatedMethod, arrays: list[Array], size: int) -> Callable[[]
 
     def work() -> Tensor:
         start = server.params
-        updates = [Update(decode(m.content["arrays"]), 10, 1) for m in messages(arrays)]  # type: ignore[arg-type]
+        updates = [Update(decode(m.content["arrays"], copy=False), 10, 1) for m in messages(arrays)]  # type: ignore[arg-type]
         method.aggregate(server, updates)
         found, server.params = server.params["w"], start
         return found
@@ -153,14 +170,78 @@ def singular_vectors(bench: Bench, clients: int, size: int = 200_000) -> None:
     )
 
 
+# -- functions on stacked updates -------------------------------------------------------------------------------------
+def package(name: str, folder: Path, **contents: Any) -> None:
+    """A package of this folder, without running its own ``__init__`` (which needs more than is used here)."""
+    made = ModuleType(name)
+    made.__path__ = [str(folder)]
+    vars(made).update(contents)
+    sys.modules[name] = made
+
+
+def functions(bench: Bench, clients: int, size: int, authors: Path | None) -> None:
+    grads = 0.1 * torch.randn(clients, size)
+    rows, f = list(grads), (clients - 3) // 4
+    m, r = clients - f - 2, (clients + 2) // 2
+    ours: dict[str, Callable[[], Tensor]] = {
+        "mean": lambda: mean(grads),
+        "median": lambda: coordinate_median(grads),
+        "trimmed mean": lambda: trimmed_mean(grads, f),
+        "krum": lambda: krum(grads, f),
+        "multi-krum": lambda: multi_krum(grads, f, m),
+        "geometric median, 3 iterations": lambda: geometric_median(grads, max_iter=3, tol=0.0).aggregate,
+        "flag aggregator": lambda: flag_aggregate(grads, r, return_subspace=False).aggregate,
+    }
+    peers: dict[str, dict[str, Callable[[], Tensor]]] = {name: {} for name in ours}
+    if (found := find_spec("byzfl")) is not None and found.submodule_search_locations:
+        folder = Path(next(iter(found.submodule_search_locations)))
+        for name in ("byzfl", "byzfl.aggregators"):
+            package(name, folder / name.partition(".")[2])
+        byzfl: Any = importlib.import_module("byzfl.aggregators.aggregators")
+        made = {
+            "mean": byzfl.Average(),
+            "median": byzfl.Median(),
+            "trimmed mean": byzfl.TrMean(f),
+            "krum": byzfl.Krum(f),
+            "multi-krum": byzfl.MultiKrum(f),
+            "geometric median, 3 iterations": byzfl.GeometricMedian(T=3),
+        }
+        for name, rule in made.items():
+            peers[name]["ByzFL"] = lambda rule=rule: rule(grads)
+    else:
+        print("\nByzFL is not installed: pip install --no-deps byzfl")
+    if authors is not None:
+        package("tools", authors, pairwise=lambda given: itertools.combinations(given, 2), warning=print)
+        package("aggregators", authors / "aggregators", register=lambda *_: None)
+        theirs: Any = {n: importlib.import_module(f"aggregators.{n}") for n in ("krum", "median", "trmean")}
+        flag: Any = importlib.import_module("aggregators.center_algorithms_torch")
+        start = torch.linalg.qr(torch.randn(size, r)).Q
+
+        def published() -> Tensor:
+            columns = [row.div(row.norm())[:, None] for row in rows]
+            basis = flag.irls_flag(columns, r, 1, "sine", opt_err="sine", init=start)[0]
+            return torch.stack([basis @ (basis.T @ column) for column in columns]).sum(0).div(r)
+
+        peers["median"]["authors"] = lambda: theirs["median"].aggregate(rows)
+        peers["trimmed mean"]["authors"] = lambda: theirs["trmean"].aggr_trmean(rows, f)
+        peers["multi-krum"]["authors"] = lambda: theirs["krum"].aggregate(rows, f)
+        peers["flag aggregator"]["authors"] = published
+    for name, others in peers.items():
+        if others:
+            seconds, _ = in_turn(bench, {**others, "ours": ours[name]})
+            bench.table(f"{name}: {clients} x {size / 1e6:g} million, f = {f}", seconds, 1.0)
+
+
 def main() -> int:
     options = parser(__doc__, 2)
+    options.add_argument("--authors", type=Path, help="a checkout of github.com/hamidralmasi/FlagAggregator")
     options.add_argument("--clients", type=int, default=50)
     options.add_argument("--millions", type=float, default=2.0, help="parameters of a client's model")
     chosen, bench = parse(options)
     start = time.perf_counter()
     torch.manual_seed(0)
     singular_vectors(bench, chosen.clients)
+    functions(bench, chosen.clients, round(chosen.millions * 1e5), chosen.authors)
     aggregations(bench, chosen.clients, round(chosen.millions * 1e6))
     print(f"\n{time.perf_counter() - start:.0f} s in all.")
     return bench.finish()

@@ -66,9 +66,10 @@ class LocalTraining:
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> LocalTraining:
-        """What ``as_config`` gave."""
-        found = {key: config[f"local-{key}"] for key in cls.__dataclass_fields__}
-        return cls(**{**found, "clip_norm": None if found["clip_norm"] < 0 else found["clip_norm"]})
+        """What ``as_config`` gave; what is not there has its default."""
+        names = {f"local-{key}": key for key in cls.__dataclass_fields__}
+        found = {names[key]: value for key, value in config.items() if key in names}
+        return cls(**{**found, **({"clip_norm": None} if found.get("clip_norm", 0) < 0 else {})})
 
 
 @dataclass
@@ -475,6 +476,16 @@ class Methods:
         return self._owner["evaluate"].evaluate(client, sent)
 
     @property
+    def on_server(self) -> list[str]:
+        """Names of the methods that are nothing without their part on the server."""
+        needed = [getattr(FederatedMethod, hook) for hook in ("prepare", "aggregate", "pack")]
+        return [
+            method.name or type(method).__name__
+            for method in self.federated
+            if any(getattr(type(method), hook.__name__) is not hook for hook in needed)
+        ]
+
+    @property
     def packs(self) -> bool:
         """Whether parameters are sent in another form."""
         return self._owner["pack"].overrides("pack")
@@ -501,7 +512,7 @@ class Methods:
 
 
 def whole_numbers(model: nn.Module) -> Params:
-    """Buffers in the ``state_dict`` that are no floating-point numbers, without BatchNorm's counts of batches, whose mean is one."""
+    """Buffers in the ``state_dict`` that are whole numbers or booleans, but for BatchNorm's counts of batches."""
     counts = {
         f"{prefix}.num_batches_tracked".lstrip(".")
         for prefix, module in model.named_modules()

@@ -36,8 +36,9 @@ training of the classifier are this library's; re-implementations differ among t
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -98,16 +99,17 @@ def class_statistics(
     return ClassStatistics(count, mean, cov)
 
 
-def aggregate_statistics(stats: Sequence[ClassStatistics]) -> ClassStatistics:
+def aggregate_statistics(stats: Iterable[ClassStatistics]) -> ClassStatistics:
     """The statistics of all clients' data together, by running sums: exactly those of the pooled features.
 
-    Raises ``ArgumentError``: no statistics, or differing C or D.
+    A generator is read once, and one client's statistics are held at a time. Raises ``ArgumentError``: no statistics, or differing
+    C or D.
     """
-    if not stats:
+    first = next(given := iter(stats), None)
+    if first is None:
         raise ArgumentError("stats = []: must hold the statistics of at least one client")
-    first = stats[0]
     count, mean, scatter = torch.zeros_like(first.count), torch.zeros_like(first.mean), torch.zeros_like(first.cov)
-    for number, each in enumerate(stats):
+    for number, each in enumerate(itertools.chain([first], given)):
         if each.mean.shape != first.mean.shape:
             refuse(
                 f"stats[{number}]", tuple(each.mean.shape), f"be of (C, D) = {tuple(first.mean.shape)}, as the first"
@@ -258,6 +260,15 @@ def unpack(sent: Params, num_classes: int, width: int) -> ClassStatistics:
     return ClassStatistics(count, mean, cov)
 
 
+def _answered(updates: Iterable[Update], classes: int, width: int) -> Iterator[ClassStatistics]:
+    """What clients sent, one after the other; what does not fit is named and left out."""
+    for update in updates:
+        try:
+            yield unpack(update.extras.get(QUERY, {}), classes, width)
+        except ArgumentError as error:
+            logger.warning("client %d is left out of the calibration: %s", update.client, error)
+
+
 # -- the method -------------------------------------------------------------------------------------------------------
 class CCVR(FederatedMethod):
     """Retrains the last layer on the server, after federated training, on features drawn from each class's Gaussian.
@@ -333,13 +344,7 @@ class CCVR(FederatedMethod):
         name = next(name for name, module in model.named_modules() if module is head)
         classes, width = head.out_features, head.in_features
         server.extra_bytes = max(server.extra_bytes, 4 * classes * (width + 1) * (width + 4))
-        stats = []
-        for update in server.ask(QUERY):
-            try:
-                stats.append(unpack(update.extras.get(QUERY, {}), classes, width))
-            except ArgumentError as error:
-                logger.warning("client %d is left out of the calibration: %s", update.client, error)
-        server.results[QUERY] = total = aggregate_statistics(stats)
+        server.results[QUERY] = total = aggregate_statistics(_answered(server.ask(QUERY), classes, width))
         generator = server.generator("ccvr")
         features, targets = sample_virtual(total, self.num_per_class, generator=generator)
         if self.tukey is not None:

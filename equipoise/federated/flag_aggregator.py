@@ -304,7 +304,7 @@ def _completed(subspace: Tensor, r: int) -> Tensor:
 def mean(grads: Tensor, weights: Tensor | Sequence[float] | None = None) -> Tensor:
     """The mean of the rows (p, D), weighted by ``weights`` (p,) >= 0 if given: (D,). Raises ``ArgumentError``."""
     _check(grads)
-    return _combine(_normalised(weights, grads), grads)
+    return grads.mean(0) if weights is None else _combine(_normalised(weights, grads), grads)
 
 
 @torch.no_grad()

@@ -128,7 +128,12 @@ def stack(params: Sequence[Params]) -> Tensor:
     normalised(None, len(params))
     for number, other in enumerate(params[1:], 1):
         check_same(other, params[0], f"params[{number}]")
-    return torch.stack([torch.cat([other[key].reshape(-1) for key in params[0]]) for other in params])
+    first = torch.cat([tensor.reshape(-1) for tensor in params[0].values()])
+    rows = first.new_empty(len(params), len(first))
+    rows[0] = first
+    for row, other in zip(rows[1:], params[1:], strict=True):
+        torch.cat([other[key].reshape(-1) for key in params[0]], out=row)
+    return rows
 
 
 def unstack(vector: Tensor, like: Params) -> Params:

@@ -10,6 +10,10 @@ one seed with equal results, where the clients are numbered by ``partition-id`` 
 be made alike on both sides; how to train (``LocalTraining``) and the seed are the server's, and sent along. ``examples/federated``
 is such a project, and runs in all three ways.
 
+Strategies of Flower's own (FedAdam, FedMedian, ...) drive the same ``client_app`` where the method changes local training alone
+(FedAvg, FedProx, FedSAM, a loss). How to train is their ``train_config``: ``ConfigRecord(LocalTraining(lr=0.05).as_config())``, or
+``LocalTraining()`` without one.
+
 A round never stops for a client: one that fails, does not answer in time, or answers with what cannot be used is named in the log
 (logger ``equipoise.federated``) and in ``strategy.faults``, and left out. What a client changed of its state in a round that the
 server did not accept is undone on that client the next time.
@@ -63,7 +67,8 @@ logger = logging.getLogger("equipoise.federated")
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"  # names of the records, those of Flower's own strategies
 EXTRA, STATE, BEFORE = "extra/", "equipoise", "before/"
-OWN = ("server-round", "query", "seed", "accepted", "run")  # what the engine adds to the config of a message
+# What the engine adds to the config of a message; and what holds where a strategy of Flower's own sends it, which adds the first.
+OWN: dict[str, Any] = {"server-round": 0, "query": "", "seed": 0, "accepted": 2**31, "run": ""}
 Data = Sequence[Any] | Callable[[Context], Any]
 ModelFactory = nn.Module | Callable[[], nn.Module]
 
@@ -166,7 +171,7 @@ class _Worker:
         return self._reply(message, sent, update)
 
     def query(self, message: Message, context: Context) -> Message:
-        if message.content.config_records[CONFIG]["query"] == "describe":
+        if message.content.config_records[CONFIG].get("query") == "describe":
             number = int(cast(int, context.node_config.get("partition-id", -1)))
             rows = rows_of(self._data(context)[0])
             metrics = MetricRecord({"partition-id": number, "num-examples": rows})
@@ -187,7 +192,12 @@ class _Worker:
         """The client as a method sees it, what was sent, and the records of the client's state."""
         content = message.content
         config = dict(content.config_records[CONFIG])
-        round, query, seed, accepted, run = (config.pop(key) for key in OWN)
+        if "run" not in config and (needed := self.methods.on_server):
+            raise ArgumentError(
+                f"methods holds {needed[0]}, which has a part on the server: drive the clients by server_app or "
+                "FederatedStrategy of equipoise.integrations.flower, not by a strategy of Flower's own"
+            )
+        round, query, seed, accepted, run = (config.pop(key, default) for key, default in OWN.items())
         model = self._model(cast(int, seed))
         device = next(model.parameters()).device
         arrays = decode(content.array_records[ARRAYS], device)
@@ -293,7 +303,8 @@ class _Worker:
         if not before and not after:
             return
         config = message.content.config_records[CONFIG]
-        stamp: dict[str, Scalar] = {"round": cast(int, config["server-round"]), "run": cast(str, config["run"])}
+        round, run = (config.get(key, OWN[key]) for key in ("server-round", "run"))
+        stamp: dict[str, Scalar] = {"round": cast(int, round), "run": cast(str, run)}
         _put(context.state, stamp, before, after)
         if self.folder is not None:
             then = {name: decode(record) for name, record in before.items()}

@@ -372,7 +372,7 @@ def test_if_all_clients_fail_at_once_the_program_is_wrong() -> None:
     def loss(prediction: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         raise KeyError("weights")
 
-    with pytest.raises(ArgumentError, match="all 4 clients failed .* KeyError: 'weights'"):
+    with pytest.raises(ArgumentError, match=r"all 4 clients failed .* KeyError: 'weights'"):
         run(FedAvg(), loss=loss)
 
 
@@ -517,6 +517,26 @@ def test_inside_flowers_own_differential_privacy() -> None:
     assert 0 < float(moved) < 0.25 and inner.faults == []  # two rounds of at most 0.1, and a little noise
 
 
+@pytest.mark.parametrize("name", ["FedAvg", "FedMedian", "FedAdam"])
+def test_flowers_own_strategies_drive_the_same_clients(name: str) -> None:
+    from flwr.app import ArrayRecord, ConfigRecord
+    from flwr.serverapp import strategy as flowers
+
+    grid = flower.InProcessGrid(flower.client_app(FedProx(mu=0.1), plain_model, toy_clients()), 4)
+    strategy = getattr(flowers, name)(fraction_train=1.0, fraction_evaluate=1.0, min_available_nodes=4)
+    config = ConfigRecord(LOCAL.as_config())
+    result = strategy.start(grid, ArrayRecord(plain_model().state_dict()), num_rounds=3, train_config=config)
+    assert len(result.train_metrics_clientapp) == len(result.evaluate_metrics_clientapp) == 3
+    if name == "FedAvg":  # theirs weighs clients by their examples, as ours does
+        mine = simulate(FedProx(mu=0.1), plain_model, toy_clients(), 3, local=LOCAL).params
+        for key, tensor in flower.decode(result.arrays).items():
+            torch.testing.assert_close(tensor, mine[key])
+    for method, what in ((FedSpeed(), "fedspeed"), (SCAFFOLD(), "scaffold")):
+        grid = flower.InProcessGrid(flower.client_app(method, plain_model, toy_clients()), 4)
+        with pytest.raises(ArgumentError, match=f"methods holds {what}, which has a part on the server"):
+            strategy.start(grid, ArrayRecord(plain_model().state_dict()), num_rounds=1)
+
+
 def test_clients_get_what_a_wrapper_has_made_of_the_parameters() -> None:
     """Noise that a wrapper adds after a round is in what the clients are sent in the next."""
     from flwr.app import ArrayRecord
@@ -597,7 +617,7 @@ def test_clients_with_another_model_are_named() -> None:
     assert len(strategy.faults) == 1 and strategy.faults[0].client == 1
     assert "names of the parameters differ" in strategy.faults[0].reason
     everyone = flower.InProcessGrid(flower.client_app(FedAvg(), plain_model, toy_clients()), 4)
-    with pytest.raises(ArgumentError, match="all 4 clients failed .* names of the parameters differ"):
+    with pytest.raises(ArgumentError, match=r"all 4 clients failed .* names of the parameters differ"):
         flower.FederatedStrategy(FedAvg(), toy_model, local=LOCAL, clients=4).start(everyone, num_rounds=1)
 
 
