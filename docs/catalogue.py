@@ -14,6 +14,7 @@ from equipoise.comparison.claims import evidence
 
 sys.path.insert(0, str(Path(__file__).parent))
 from parameters import as_list  # beside this file, which no package holds
+from pictures import picture
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -75,7 +76,14 @@ def page(module: str, entries: list[catalogue.Entry]) -> str:
             lines.append("")
     found = evidence(module.rsplit(".", 1)[-1])
     if found:
-        lines += ["## Evidence", "", "| claim | expected | measured (95 % interval) | verdict |", "|---|---|---|---|"]
+        lines += [
+            "## Evidence",
+            "",
+            picture(found),
+            "",
+            "| claim | expected | measured (95 % interval) | verdict |",
+            "|---|---|---|---|",
+        ]
         for document in found:
             measured = "{effect:+.3g} [{low:+.3g}, {high:+.3g}] {unit}, n = {n}".format(**document["measured"])
             lines.append(f"| {document['claim']} | {document['expected']} | {measured} | **{document['verdict']}** |")

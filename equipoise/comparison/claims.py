@@ -191,7 +191,7 @@ def evidence_folder() -> Path:
 
 def evidence(slug: str) -> list[dict[str, Any]]:
     """The evidence of one paper's claims that is on disk."""
-    files = sorted(evidence_folder().glob("*.json"))
+    files = sorted(evidence_folder().glob("*.json"), key=lambda path: path.stem)
     found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     return [document for document in found if document["slug"].replace("_", "-") == slug.replace("_", "-")]
 
