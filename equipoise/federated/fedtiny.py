@@ -434,7 +434,7 @@ class MaskedTraining(FederatedMethod):
             if values is None or values.shape != (count,):
                 shown = "nothing" if values is None else tuple(values.shape)
                 raise ArgumentError(f"{name!r} arrived as {shown}: must be ({count},), the weights in its mask")
-            found[name] = values.new_zeros(mask.shape).masked_scatter_(mask, values)
+            found[name] = values.new_zeros(mask.shape).masked_scatter_(mask.to(values.device), values)
         return found
 
     def finish(self, server: Server) -> None:  # type: ignore[override]
@@ -627,7 +627,8 @@ class FedTiny(MaskedTraining):
             raise ArgumentError(
                 "num_candidates: no client gave BatchNorm statistics. Set it to 1, or see the log for why"
             )
-        return _named(aggregate_bn_statistics(stats, counts))
+        found = _named(aggregate_bn_statistics(stats, counts))
+        return {name: tensor.to(server.buffers[name]) for name, tensor in found.items()}
 
     @staticmethod
     def _loss(server: Server) -> float:
@@ -715,7 +716,8 @@ class FedTiny(MaskedTraining):
                     usable.append(((places, values), update.num_examples))
             if usable:
                 grad = merge_topk([upload for upload, _ in usable], [n for _, n in usable], numel)  # type: ignore[misc]
-                weight, masks[name] = grow_prune(server.params[name], masks[name], grad, k)
+                weight = server.params[name]
+                weight, masks[name] = grow_prune(weight, masks[name], grad.to(weight.device), k)
                 server.params = {**server.params, name: weight}
         self.publish(server, masks)
 
