@@ -167,6 +167,10 @@ class _Worker:
     def train(self, message: Message, context: Context) -> Message:
         client, sent, before = self._open(message, context)
         update = self._seeded(client, sent, self.methods.client_update)
+        accepted = message.content.config_records[CONFIG].get("accepted", 0)
+        if client.state and not before and accepted:
+            lost = "client %d: has lost what it kept until round %s (give client_app a folder: state=...)"
+            logger.warning(lost, client.number, accepted)
         self._keep(message, context, client, before)
         return self._reply(message, sent, update)
 
@@ -375,8 +379,11 @@ class FederatedStrategy(Strategy):
         self.history: list[dict[str, Any]] = []
         self.client_metrics: dict[int, dict[str, float]] = {}
         self._nodes: dict[int, int] = {}  # a client's number: its node
+        self._silent: set[int] = set()  # nodes that did not answer when they were last asked
+        self._left: set[int] = set()  # nodes in whose place another is: Flower lists a dead one for up to a minute
         self._accepted: dict[int, int] = {}  # a client's number: the last round in which its update was accepted
         self._addressed: list[int] = []
+        self._sent: list[Any] = []  # metadata of the messages to them, which get their ids when they are sent
         self.bytes = {"up": 0, "down": 0}  # of all arrays of all messages
         self._before = dict(self.bytes)
         self._run = uuid4().hex  # tells clients that keep their state in a folder which run it belongs to
@@ -517,7 +524,8 @@ class FederatedStrategy(Strategy):
             logger.info("waiting for clients: %d of %d are connected", len(nodes), needed)
             time.sleep(0.5)
         self._nodes = {number: node for number, node in self._nodes.items() if node in nodes}
-        new = [node for node in nodes if node not in self._nodes.values()]
+        self._left.intersection_update(nodes)
+        new = [node for node in nodes if node not in self._nodes.values() and node not in self._left]
         if not new:
             return
         content = RecordDict({CONFIG: ConfigRecord({"query": "describe"})})
@@ -532,6 +540,9 @@ class FederatedStrategy(Strategy):
             number, rows = cast(int, said["partition-id"]), cast(int, said["num-examples"])
             if number < 0:
                 number = max(self.server.clients, default=-1) + 1
+            if self._nodes.get(number) in self._silent:
+                self._left.add(self._nodes.pop(number))
+                logger.info("client %d: is back, as node %d", number, node)
             if number in self._nodes:
                 remedy = "Start each node with its own --node-config 'partition-id=...'"
                 if wait:
@@ -570,6 +581,7 @@ class FederatedStrategy(Strategy):
             content = RecordDict(cast(Any, records))
             self.bytes["down"] += nbytes(content)
             messages.append(Message(content, self._nodes[number], kind))
+        self._sent = [message.metadata for message in messages]
         return messages
 
     def _exchange(self, messages: Iterable[Message]) -> list[Message]:
@@ -593,10 +605,14 @@ class FederatedStrategy(Strategy):
     def _read(self, replies: Iterable[Message], training: bool) -> list[Update]:
         """The usable answers, in the order of the clients' numbers; every other is named and left out."""
         numbers = {node: number for number, node in self._nodes.items()}
-        waiting, updates = set(self._addressed), {}
+        asked = set(self._addressed)
+        waiting, updates = set(asked), {}
+        sent = {metadata.message_id: numbers.get(metadata.dst_node_id, -1) for metadata in self._sent}
         self._addressed = []
         for reply in replies:
             number = numbers.get(reply.metadata.src_node_id, -1)
+            if number < 0 and reply.has_error():  # Flower answers in the place of a node that is gone
+                number = sent.get(reply.metadata.reply_to_message_id, -1)
             if number not in waiting:
                 self._fault(number, f"node {reply.metadata.src_node_id} answered without being asked, or twice")
                 continue
@@ -607,6 +623,7 @@ class FederatedStrategy(Strategy):
                 self._fault(number, str(rejected))
         for number in sorted(waiting):
             self._fault(number, "did not answer in time")
+        self._silent = {self._nodes[number] for number in waiting} | (self._silent - {self._nodes[n] for n in asked})
         return [updates[number] for number in sorted(updates)]
 
     def _update(self, number: int, reply: Message, training: bool) -> Update:
@@ -721,16 +738,21 @@ def server_app(
     round. resume: go on from it. max_extra_bytes: what a client may send beside its parameters, by default 8 times their size
     and 1 MiB.
 
-    ``rounds``, ``fraction``, ``clients`` and ``seed`` are overridden by entries of these names in Flower's ``run_config``.
+    ``rounds``, ``timeout``, ``fraction``, ``clients``, ``seed``, ``checkpoint`` ("" for none) and ``resume`` are overridden by
+    entries of these names in Flower's ``run_config``.
     """
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        known = ("fraction", "clients", "seed")
-        given: dict[str, Any] = {key: context.run_config[key] for key in known if key in context.run_config}
+        config: dict[str, Any] = dict(context.run_config)
+        known = ("fraction", "clients", "seed", "checkpoint", "resume")
+        given = {key: config[key] for key in known if key in config}
+        if given.get("checkpoint") == "":  # there is no None in a run_config
+            given["checkpoint"] = None
         strategy = FederatedStrategy(methods, model, **{**settings, **given})
-        strategy.start(grid, num_rounds=int(cast(int, context.run_config.get("rounds", rounds))), timeout=timeout)
+        times = {"num_rounds": config.get("rounds", rounds), "timeout": config.get("timeout", timeout)}
+        strategy.start(grid, **times)
         if finished is not None:
             finished(strategy, context)
 

@@ -466,6 +466,18 @@ def test_checkpoints_are_refused_where_they_do_not_fit(tmp_path: Path) -> None:
     assert files == {".json", ".safetensors"}
 
 
+def test_state_that_is_lost_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Flower keeps the state of a client for one run of its own: to go on in another, the client needs a folder."""
+    for folder, warnings in ((tmp_path / "clients", 0), (None, 4)):
+        caplog.clear()
+        for rounds in (1, 2):
+            app = flower.client_app(FedSpeed(), toy_model, toy_clients(), state=folder)
+            saved: dict[str, Any] = {"checkpoint": tmp_path / f"run-{warnings}", "resume": rounds == 2}
+            strategy = flower.FederatedStrategy(FedSpeed(), toy_model, local=LOCAL, clients=4, **saved)
+            strategy.start(flower.InProcessGrid(app, 4), num_rounds=rounds)
+        assert sum("has lost what it kept until round 1" in message for message in caplog.messages) == warnings
+
+
 def test_state_of_another_run_is_not_used(tmp_path: Path) -> None:
     """A client that keeps its state in a folder starts anew when the server does."""
     results = []
@@ -666,6 +678,45 @@ def test_a_second_node_of_a_client_takes_no_part_later() -> None:
     strategy.start(grid, num_rounds=2)
     assert [record["clients"] for record in strategy.history] == [[0, 1, 2]] * 2
     assert [(f.client, "second node" in f.reason) for f in strategy.faults] == [(0, True)]
+
+
+class Dying(Restless):
+    """From round 2 on node 2 is silent, or Flower says in its place that it is gone; the grid still lists it."""
+
+    def __init__(self, app: Any, clients: int, says: bool) -> None:
+        super().__init__(app, clients)
+        self.says = says
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+        from flwr.app import Error, Message
+
+        replies = list(super().send_and_receive(messages, timeout=timeout))
+        for reply in [reply for reply in replies if reply.metadata.src_node_id == 2 and self.round > 1]:
+            replies.remove(reply)
+            if self.says:
+                sent = reply.metadata.reply_to_message_id
+                reply = Message(Error(5, "Error: Node Unavailable"), reply_to=reply)
+                reply.metadata.__dict__.update(_src_node_id=99, _reply_to_message_id=sent)
+                replies.append(reply)
+        return replies
+
+
+@pytest.mark.parametrize("says", [False, True])
+def test_a_dead_node_is_named_by_its_client(says: bool) -> None:
+    strategy = flower.FederatedStrategy(FedAvg(), toy_model, local=LOCAL, clients=4)
+    strategy.start(Dying(flower.client_app(FedAvg(), toy_model, toy_clients()), 4, says), num_rounds=2)
+    reason = "failed: Error: Node Unavailable" if says else "did not answer in time"
+    assert strategy.faults == [flower.Fault(2, 1, reason)]
+
+
+def test_a_node_that_was_killed_and_started_again_takes_its_place() -> None:
+    grid = Dying(flower.client_app(FedAvg(), toy_model, toy_clients()), 5, says=False)
+    grid.contexts[5].node_config["partition-id"] = 1
+    grid.away = {0: {5}, 1: {5}}
+    strategy = flower.FederatedStrategy(FedAvg(), toy_model, local=LOCAL, clients=4)
+    strategy.start(grid, num_rounds=4)
+    assert [record["clients"] for record in strategy.history] == [[0, 1, 2, 3], [0, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
+    assert strategy.faults == [flower.Fault(2, 1, "did not answer in time")]
 
 
 def test_state_changed_in_place_is_undone_too() -> None:

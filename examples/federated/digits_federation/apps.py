@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,13 @@ def data(context: Any) -> Examples:
 
 def finished(strategy: FederatedStrategy, context: Any) -> None:
     out = context.run_config["out"]
-    for record in strategy.history:
+    for record in (*strategy.history, *strategy.faults):
         print(record, flush=True)
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
         save_file(strategy.server.load().state_dict(), Path(out) / "model.safetensors")
 
 
-client = client_app(FedSpeed(), model, data)
+# A folder on the client's own machine: without it what FedSpeed keeps there is lost with the node, and when a run is resumed.
+client = client_app(FedSpeed(), model, data, state=os.environ.get("DIGITS_STATE") or None)
 server = server_app(FedSpeed(), model, rounds=3, clients=3, local=LocalTraining(batch_size=16), finished=finished)
