@@ -78,11 +78,16 @@ class Claim:
         return f"{self.method} minus {self.reference}: {bound} {self.unit}"
 
     def judge(self, effect: Estimate) -> str:
-        """The verdict on a measured effect (in the claim's unit)."""
+        """The verdict on a measured effect (in the claim's unit); an expectation of "at least" is meant, "at most" is its mirror.
+
+        reproduced: a gain that reaches the expectation, and whose interval excludes zero; of an expectation that is no gain ("no
+        worse than", "costs at most"), the whole interval. contradicted: the interval excludes zero, or the expectation if that is
+        below zero, on the wrong side. All else is not reproduced here.
+        """
         sign = 1 if self.at_least is not None else -1
         bound = sign * (self.at_least if self.at_least is not None else self.at_most)  # type: ignore[operator]
         value, low, high = sorted_interval(effect, sign)
-        if value >= bound and (bound <= 0 or low > 0):
+        if low >= bound or (value >= bound > 0 and low > 0):
             return "reproduced"
         return "contradicted" if high < min(bound, 0) else "not reproduced here"
 

@@ -43,7 +43,10 @@ EVIDENCE_KEYS = {
         ({"at_least": 3.0}, (-2.0, -5.0, 1.0), "not reproduced here"),
         ({"at_most": -10.0}, (-12.0, -20.0, -4.0), "reproduced"),
         ({"at_most": -10.0}, (12.0, 4.0, 20.0), "contradicted"),
-        ({"at_least": -0.5}, (-0.3, -1.0, 0.4), "reproduced"),  # "costs no more than"
+        ({"at_least": -0.5}, (-0.1, -0.4, 0.2), "reproduced"),  # "costs no more than"
+        ({"at_least": -0.5}, (-0.3, -1.0, 0.4), "not reproduced here"),  # it may cost more, says the interval
+        ({"at_least": 0.0}, (0.1, -1.7, 1.9), "not reproduced here"),
+        ({"at_most": 1.0}, (-0.3, -3.5, 2.9), "not reproduced here"),
         ({"at_least": -0.5}, (-0.7, -1.0, -0.4), "not reproduced here"),
         ({"at_least": -0.5}, (-0.9, -1.0, -0.8), "contradicted"),
     ],
