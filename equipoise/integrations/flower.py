@@ -397,9 +397,7 @@ class FederatedStrategy(Strategy):
     ) -> Iterable[Message]:
         self._begin(grid, arrays)
         server = self.server
-        if arrays is not self._arrays:  # another strategy is wrapped around this one, and has changed them (noise, say)
-            self._take(arrays)
-            self._arrays = arrays
+        self._accept(arrays)
         server.round = server_round
         server.config.update(cast(dict[str, Scalar], dict(config)))
         self._before = dict(self.bytes)
@@ -434,6 +432,7 @@ class FederatedStrategy(Strategy):
     ) -> Iterable[Message]:
         if not self.evaluate_clients or server_round % self.evaluate_clients:
             return []
+        self._accept(arrays)
         return self._messages("evaluate", sorted(self._nodes), self.server.sent())
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -504,6 +503,12 @@ class FederatedStrategy(Strategy):
         if not resumed:
             self.methods.prepare(self.server)
         self._arrays = encode({**self.server.params, **self.server.buffers})
+
+    def _accept(self, arrays: ArrayRecord) -> None:
+        """Go on from these arrays, if another strategy is wrapped around this one and has changed them (by noise, say)."""
+        if arrays is not self._arrays:
+            self._take(arrays)
+            self._arrays = arrays
 
     def _take(self, arrays: ArrayRecord) -> None:
         found, server = decode(arrays), self.server

@@ -559,13 +559,19 @@ def test_clients_get_what_a_wrapper_has_made_of_the_parameters() -> None:
             given.append(flower.decode(changed))
             return super().configure_train(server_round, changed, config, grid)
 
+        def configure_evaluate(self, server_round: int, arrays: Any, config: Any, grid: Any) -> Any:
+            changed = ArrayRecord({k: flower.Array(2 * a.numpy()) for k, a in arrays.items()})
+            given.append(flower.decode(changed))
+            return super().configure_evaluate(server_round, changed, config, grid)
+
     given: list[Params] = []
     seen: list[Params] = []
-    look = mod(lambda m, c, call: seen.append(flower.decode(m.content["arrays"])) or call(m, c), client=1, round=2)
-    app = flower.client_app(FedAvg(), plain_model, toy_clients(), mods=[look])
-    strategy = Doubled(FedAvg(), plain_model, local=LOCAL, clients=4)
+    look = lambda m, c, call: seen.append(flower.decode(m.content["arrays"])) or call(m, c)  # noqa: E731
+    mods = [mod(look, client=1, round=round, kind=kind) for round in (1, 2) for kind in ("train", "evaluate")]
+    app = flower.client_app(FedAvg(), plain_model, toy_clients(), mods=mods)
+    strategy = Doubled(FedAvg(), plain_model, local=LOCAL, clients=4, evaluate_clients=1)
     strategy.start(flower.InProcessGrid(app, 4), num_rounds=2)
-    assert len(seen) == 1 and same(seen[0], given[1])
+    assert len(seen) == 4 and all(same(*pair) for pair in zip(seen, given, strict=True))
 
 
 def plain_model() -> nn.Module:
