@@ -222,6 +222,9 @@ def functions(bench: Bench, clients: int, size: int, authors: Path | None) -> No
             basis = flag.irls_flag(columns, r, 1, "sine", opt_err="sine", init=start)[0]
             return torch.stack([basis @ (basis.T @ column) for column in columns]).sum(0).div(r)
 
+        same = flag_aggregate(grads, r, init=start, return_subspace=False).aggregate
+        close = bool((published() - same[:, None]).norm() <= 1e-3 * same.norm())
+        bench.require("\nfrom the same start the authors' result, to 1e-3 of its norm", close)
         peers["median"]["authors"] = lambda: theirs["median"].aggregate(rows)
         peers["trimmed mean"]["authors"] = lambda: theirs["trmean"].aggr_trmean(rows, f)
         peers["multi-krum"]["authors"] = lambda: theirs["krum"].aggregate(rows, f)
