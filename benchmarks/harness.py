@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from threadpoolctl import threadpool_limits
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SHORTEST = 3e-3  # seconds of one measurement: what is faster is repeated inside it
@@ -99,15 +100,16 @@ def parser(description: str | None, repeats: int = 15) -> argparse.ArgumentParse
     """The options that every script has; it may add its own."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--repeats", type=int, default=repeats, help="measurements of each kind")
-    found.add_argument("--threads", type=int, default=1, help="threads of torch")
+    found.add_argument("--threads", type=int, default=1, help="threads of torch, numpy and scipy")
     found.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: the process's own time, on a busy machine")
     return found
 
 
 def parse(options: argparse.ArgumentParser | str | None, repeats: int = 15) -> tuple[argparse.Namespace, Bench]:
-    """Read the command line (a script's docstring, or the ``parser`` it made) and set torch's threads."""
+    """Read the command line (a script's docstring, or the ``parser`` it made) and set the threads of torch, numpy and scipy."""
     if not isinstance(options, argparse.ArgumentParser):
         options = parser(options, repeats)
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
+    threadpool_limits(chosen.threads)
     return chosen, Bench(chosen.repeats, chosen.clock)

@@ -42,6 +42,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -76,6 +77,7 @@ class ClassStatistics:
             refuse("count, mean, cov", shapes, "have the shapes (C,), (C, D), (C, D, D)")
 
 
+@torch.no_grad()
 def class_statistics(
     features: Tensor, targets: Tensor, num_classes: int, *, dtype: torch.dtype = torch.float64
 ) -> ClassStatistics:
@@ -90,13 +92,20 @@ def class_statistics(
     cov = mean.new_zeros(num_classes, features.shape[1], features.shape[1])
     sizes = count.tolist()
     # One product for each class with examples: their sizes differ, and padding would cost more than the calls do.
-    for c, rows in enumerate(features.index_select(0, targets.argsort(stable=True)).to(dtype).split(sizes)):
+    for c, places in enumerate(targets.argsort(stable=True).split(sizes)):
         if sizes[c]:
+            rows = features.index_select(0, places).to(dtype)  # a copy
             torch.mean(rows, 0, out=mean[c])
-        if sizes[c] > 1:
-            rows = rows - mean[c]
-            torch.mm(rows.T, rows, out=cov[c]).div_(sizes[c] - 1)
+            _square(rows.sub_(mean[c]), cov[c]).div_(max(1, sizes[c] - 1))
     return ClassStatistics(count, mean, cov)
+
+
+def _square(rows: Tensor, out: Tensor) -> Tensor:
+    """``rows^T rows``; on the CPU by numpy, which computes one half of what is symmetric."""
+    if rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64):
+        np.matmul(rows.numpy().T, rows.numpy(), out=out.numpy())
+        return out
+    return torch.mm(rows.T, rows, out=out)
 
 
 def aggregate_statistics(stats: Iterable[ClassStatistics]) -> ClassStatistics:
