@@ -387,7 +387,7 @@ class FederatedStrategy(Strategy):
         self.bytes = {"up": 0, "down": 0}  # of all arrays of all messages
         self._before = dict(self.bytes)
         self._run = uuid4().hex  # tells clients that keep their state in a folder which run it belongs to
-        self._begun, self._timeout = False, 3600.0
+        self._begun, self._started, self._timeout = False, False, 3600.0
         self._arrays: ArrayRecord | None = None
         self._grid: Grid | None = None
 
@@ -395,6 +395,11 @@ class FederatedStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
+        if self.methods.packs and not self._started:
+            raise ArgumentError(
+                f"methods = {self.methods!r}: sends parameters in a form of its own, which a strategy that is wrapped around this "
+                "one cannot read. Run it without a wrapper"
+            )
         self._begin(grid, arrays)
         server = self.server
         self._accept(arrays)
@@ -461,7 +466,7 @@ class FederatedStrategy(Strategy):
         """Run all rounds as Flower's strategies do, from the checkpoint where there is one to resume; ``prepare`` and ``finish``
         of the methods come before and after them. Without ``initial_arrays`` the model's own parameters are the first."""
         check_integer("num_rounds", num_rounds, 0)
-        self._timeout, self.server.rounds = timeout, num_rounds
+        self._started, self._timeout, self.server.rounds = True, timeout, num_rounds
         self._begin(grid, initial_arrays)
         result, server = Result(), self.server
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()

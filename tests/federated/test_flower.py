@@ -18,6 +18,7 @@ from torch import nn
 from equipoise.errors import ArgumentError, CheckpointError, DataError, MethodConflictError
 from equipoise.federated.algorithm import Client, FederatedMethod, LocalTraining, Sent, Server, Update
 from equipoise.federated.fedspeed import SCAFFOLD, FedAvg, FedProx, FedSAM, FedSpeed
+from equipoise.federated.fedtiny import MagnitudeMask
 from equipoise.federated.params import Params, state_of
 from equipoise.training import Examples, Method
 from equipoise.training.assemble import derived_seed
@@ -527,6 +528,10 @@ def test_inside_flowers_own_differential_privacy() -> None:
     start, end = plain_model().state_dict(), result.arrays.to_torch_state_dict()
     moved = torch.linalg.vector_norm(torch.cat([(end[key] - start[key]).flatten() for key in start]))
     assert 0 < float(moved) < 0.25 and inner.faults == []  # two rounds of at most 0.1, and a little noise
+    masked = flower.FederatedStrategy(MagnitudeMask(0.8), plain_model, local=LOCAL, clients=4)
+    outer = DifferentialPrivacyServerSideFixedClipping(masked, 1e-3, 0.1, 4)
+    with pytest.raises(ArgumentError, match="which a strategy that is wrapped around this one cannot read"):
+        outer.start(grid, flower.encode(plain_model().state_dict()), num_rounds=1)
 
 
 @pytest.mark.parametrize("name", ["FedAvg", "FedMedian", "FedAdam"])
