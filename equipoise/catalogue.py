@@ -90,6 +90,13 @@ def _entries() -> tuple[Entry, ...]:
 
 def _scan(path: Path, family: str) -> list[Entry]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    constants = {
+        target.id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
     kind = "task" if path.stem == "task" or path.stem.startswith("task_") else "method"
     page = ast.get_docstring(tree) or ""
     found = []
@@ -107,7 +114,10 @@ def _scan(path: Path, family: str) -> list[Entry]:
             continue
         doc = ast.get_docstring(node) or ""
         paper: tuple[str, ...] = ()
-        if isinstance(call := values.get("paper"), ast.Call):
+        call = values.get("paper")
+        if isinstance(call, ast.Name):  # one paper of several classes
+            call = constants.get(call.id)
+        if isinstance(call, ast.Call):
             arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
             paper = tuple(a.value for a in arguments if isinstance(a, ast.Constant) and isinstance(a.value, str))
         module = f"equipoise.{family}.{path.stem}"

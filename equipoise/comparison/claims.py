@@ -75,7 +75,8 @@ class Claim:
         bound = f"at least {self.at_least:+g}" if self.at_least is not None else f"at most {self.at_most:+g}"
         if self.method == self.reference:  # two metrics of one arm
             return f"{self.method}, {self.metric} minus {self.reference_metric}: {bound} {self.unit}"
-        return f"{self.method} minus {self.reference}: {bound} {self.unit}"
+        of = "" if self.reference_metric is None else f" ({self.reference_metric})"
+        return f"{self.method} minus {self.reference}{of}: {bound} {self.unit}"
 
     def judge(self, effect: Estimate) -> str:
         """The verdict on a measured effect (in the claim's unit); an expectation of "at least" is meant, "at most" is its mirror.

@@ -554,49 +554,46 @@ class FlagAggregator(RobustAggregate):
         super().__init__("flag", f, r=r, lam=lam, max_iter=max_iter)
 
 
-class CoordinateMedian(RobustAggregate):
+YIN = Paper(
+    "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates",
+    "Dong Yin, Yudong Chen, Kannan Ramchandran, Peter Bartlett",
+    "ICML 2018",
+    "https://arxiv.org/abs/1803.01498",
+)
+BLANCHARD = Paper(
+    "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent",
+    "Peva Blanchard, El Mahdi El Mhamdi, Rachid Guerraoui, Julien Stainer",
+    "NeurIPS 2017",
+    "https://arxiv.org/abs/1703.02757",
+)
+
+
+class NamedRule(RobustAggregate):
+    """A rule under its own name, with no setting but f."""
+
+    def __init__(self, f: int = 0) -> None:
+        super().__init__(self.name, f)
+
+
+class CoordinateMedian(NamedRule):
     """The median of each parameter's differences. f: Byzantine clients, used for the check alone."""
 
     name: ClassVar[str] = "coordinate-median"
-    paper: ClassVar[Paper | None] = Paper(
-        "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates",
-        "Dong Yin, Yudong Chen, Kannan Ramchandran, Peter Bartlett",
-        "ICML 2018",
-        "https://arxiv.org/abs/1803.01498",
-    )
-
-    def __init__(self, f: int = 0) -> None:
-        super().__init__("coordinate-median", f)
+    paper: ClassVar[Paper | None] = YIN
 
 
-class TrimmedMean(RobustAggregate):
+class TrimmedMean(NamedRule):
     """The mean of each parameter's differences without the f smallest and the f largest."""
 
     name: ClassVar[str] = "trimmed-mean"
-    paper: ClassVar[Paper | None] = Paper(
-        "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates",
-        "Dong Yin, Yudong Chen, Kannan Ramchandran, Peter Bartlett",
-        "ICML 2018",
-        "https://arxiv.org/abs/1803.01498",
-    )
-
-    def __init__(self, f: int = 0) -> None:
-        super().__init__("trimmed-mean", f)
+    paper: ClassVar[Paper | None] = YIN
 
 
-class Krum(RobustAggregate):
+class Krum(NamedRule):
     """The differences of the one client that is nearest to its neighbours. f: Byzantine clients; needs 2 f + 3 in a round."""
 
     name: ClassVar[str] = "krum"
-    paper: ClassVar[Paper | None] = Paper(
-        "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent",
-        "Peva Blanchard, El Mahdi El Mhamdi, Rachid Guerraoui, Julien Stainer",
-        "NeurIPS 2017",
-        "https://arxiv.org/abs/1703.02757",
-    )
-
-    def __init__(self, f: int = 0) -> None:
-        super().__init__("krum", f)
+    paper: ClassVar[Paper | None] = BLANCHARD
 
 
 class MultiKrum(RobustAggregate):
@@ -606,12 +603,7 @@ class MultiKrum(RobustAggregate):
     """
 
     name: ClassVar[str] = "multi-krum"
-    paper: ClassVar[Paper | None] = Paper(
-        "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent",
-        "Peva Blanchard, El Mahdi El Mhamdi, Rachid Guerraoui, Julien Stainer",
-        "NeurIPS 2017",
-        "https://arxiv.org/abs/1703.02757",
-    )
+    paper: ClassVar[Paper | None] = BLANCHARD
 
     def __init__(self, f: int = 0, m: int | None = None) -> None:
         if m is not None:
@@ -620,7 +612,7 @@ class MultiKrum(RobustAggregate):
         super().__init__("multi-krum", f, m=m)
 
 
-class Bulyan(RobustAggregate):
+class Bulyan(NamedRule):
     """Clients selected by repeated Krum, then the mean of the values nearest to each parameter's median.
 
     f: Byzantine clients; needs 4 f + 3 in a round.
@@ -634,11 +626,8 @@ class Bulyan(RobustAggregate):
         "https://arxiv.org/abs/1802.07927",
     )
 
-    def __init__(self, f: int = 0) -> None:
-        super().__init__("bulyan", f)
 
-
-class GeometricMedian(RobustAggregate):
+class GeometricMedian(NamedRule):
     """The point of the least total distance to the clients' differences. f: Byzantine clients, used for the check alone."""
 
     name: ClassVar[str] = "geometric-median"
@@ -648,6 +637,3 @@ class GeometricMedian(RobustAggregate):
         "IEEE Transactions on Signal Processing 2022",
         "https://arxiv.org/abs/1912.13445",
     )
-
-    def __init__(self, f: int = 0) -> None:
-        super().__init__("geometric-median", f)

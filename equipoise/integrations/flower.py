@@ -774,8 +774,8 @@ class InProcessGrid(Grid):
     """Runs a ``ClientApp`` for each of ``clients`` nodes in this process, one after the other: no Ray, no network, no waiting.
 
     Messages, records and each client's ``context.state`` are Flower's own. A client that raises becomes an error reply; one
-    that takes longer than the timeout is not heard. If the first time that clients train all of them raise, then so does the grid:
-    here that is the program's mistake, and every further round would be lost.
+    that takes longer than the timeout is not heard. If the first time that clients train all of them raise (two or more, or the
+    only one there is), then so does the grid: here that is the program's mistake, and every further round would be lost.
     """
 
     def __init__(self, app: ClientApp, clients: int, run_config: Mapping[str, Any] | None = None) -> None:
@@ -825,11 +825,11 @@ class InProcessGrid(Grid):
         replies = {key: reply for key, _ in calls for reply in self.pull_messages([key])}
         if not self._trained and messages and messages[0].metadata.message_type == "train":
             errors = [reply.error.reason for reply in replies.values() if reply.has_error()]
-            if len(errors) == len(messages):
+            if len(errors) == len(messages) and (len(errors) > 1 or len(self.contexts) == 1):
                 raise ArgumentError(
                     f"all {len(errors)} clients failed in the first round that trains, the first one by {_short(errors[0])}"
                 )
-            self._trained = True
+            self._trained = len(errors) < len(messages)
         return [replies[key] for key, seconds in calls if key in replies and (timeout is None or seconds <= timeout)]
 
     def _call(self, message: Message) -> tuple[str, float]:

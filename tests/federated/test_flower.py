@@ -375,6 +375,15 @@ def test_if_all_clients_fail_at_once_the_program_is_wrong() -> None:
 
     with pytest.raises(ArgumentError, match=r"all 4 clients failed .* KeyError: 'weights'"):
         run(FedAvg(), loss=loss)
+    with pytest.raises(ArgumentError, match="all 1 clients failed"):
+        simulate(FedAvg(), toy_model, toy_clients(1), 1, local=LOCAL, loss=loss)
+
+
+def test_one_drawn_client_that_fails_at_once_stops_nothing() -> None:
+    first = run(FedAvg(), rounds=1, fraction=0.25).history[0]["clients"][0]
+    found = run(FedAvg(), rounds=3, fraction=0.25, mods=[mod(dies, client=first, round=1)])
+    assert [(fault.round, fault.client) for fault in found.faults] == [(1, first)]
+    assert [len(record["clients"]) for record in found.history] == [0, 1, 1]
 
 
 def test_finite_updates_with_an_infinite_mean_do_not_stop_the_run(caplog: pytest.LogCaptureFixture) -> None:
